@@ -1,0 +1,84 @@
+"""The exceptions of prunebench.
+
+    PrunebenchError
+    ├── RequestError          what was asked cannot be done; found before any work (exit code 2)
+    │   ├── UnknownNameError  no such pruner, evaluation, suite, option or key
+    │   ├── OptionError       an option's value does not fit its type
+    │   ├── ModelError        a model folder is missing, unreadable or not allowed
+    │   ├── DataError         a text or token source is missing, too short or outside the vocabulary
+    │   └── StoreError        a results or output folder cannot be used
+    ├── PluginError           a plugin broke the rules of registration
+    ├── Refused               a method or the harness declines this model and target: an answer, not a failure
+    └── RunError              a run failed; the record says why
+        ├── ContractError     a pruner did what it did not declare
+        ├── AuditError        the pruned model is not what the target says
+        └── NonFiniteError    NaN or infinity in scores, weights or a measured value
+
+Messages are one or two sentences: what was asked, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrunebenchError(Exception):
+    """Anything that prunebench itself raises."""
+
+
+class RequestError(PrunebenchError):
+    """The request is wrong; nothing was started."""
+
+
+class UnknownNameError(RequestError):
+    """A name that nothing answers to."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Say what was asked, the nearest known name, and all of them."""
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        listing = f" Known: {', '.join(names)}." if names else " There are none."
+        return cls(f"there is no {kind} {name!r}{hint}{listing}")
+
+
+class OptionError(RequestError):
+    """An option that does not parse, or whose value does not fit its type."""
+
+
+class ModelError(RequestError):
+    """A model that cannot be found, read or allowed."""
+
+
+class DataError(RequestError):
+    """A text or token source that cannot be used."""
+
+
+class StoreError(RequestError):
+    """A results or output folder that cannot be used."""
+
+
+class PluginError(PrunebenchError):
+    """A plugin that broke the rules of registration."""
+
+
+class Refused(PrunebenchError):  # noqa: N818 - an answer, not an error
+    """The method, or the harness, declines this model and target; the message is the reason."""
+
+
+class RunError(PrunebenchError):
+    """A run failed."""
+
+
+class ContractError(RunError):
+    """A pruner did what it did not declare."""
+
+
+class AuditError(RunError):
+    """The pruned model is not what the target and the method's declaration say."""
+
+
+class NonFiniteError(RunError):
+    """NaN or infinity where a number must be."""

@@ -1,0 +1,169 @@
+"""The registry: every pruner and evaluation, the built-in ones too, comes in by the entry-point group `prunebench`.
+
+This is the only file that knows pluggy. Plugins are loaded one by one, so that a broken one is listed with its
+distribution and the reason, and stops nobody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from prunebench.errors import PluginError, UnknownNameError
+from prunebench.options import Step, build
+from prunebench.spec import Eval, Hooks, Pruner
+
+GROUP = "prunebench"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+
+T = TypeVar("T", Pruner, Eval)
+
+
+@dataclass(frozen=True)
+class Registered(Generic[T]):
+    """A registered class and where it comes from."""
+
+    cls: type[T]
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that could not be used, and why."""
+
+    plugin: str
+    distribution: str
+    reason: str
+
+
+@dataclass
+class Registry:
+    """What is registered: pruners and evaluations by name, and the plugins that failed."""
+
+    pruners: dict[str, Registered[Pruner]] = field(default_factory=dict)
+    evals: dict[str, Registered[Eval]] = field(default_factory=dict)
+    broken: list[Broken] = field(default_factory=list)
+    _disputed: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def pruner(self, step: Step) -> Pruner:
+        """Build the pruner that a step asks for.
+
+        Raises:
+            UnknownNameError: nobody registered that name, or it has no such option.
+            PluginError: two plugins claim the name.
+            OptionError: a value does not fit.
+        """
+        return build(self._find("pruner", self.pruners, step.name).cls, step)
+
+    def eval(self, step: Step) -> Eval:
+        """Build the evaluation that a step asks for; raises as `pruner` does."""
+        return build(self._find("evaluation", self.evals, step.name).cls, step)
+
+    def add(self, kind: str, cls: type[Any], distribution: str, version: str) -> None:
+        """Register one class.
+
+        Raises:
+            PluginError: it is not a concrete dataclass of its kind with a usable name.
+        """
+        base, table = (Pruner, self.pruners) if kind == "pruner" else (Eval, self.evals)
+        _check(cls, base, kind)
+        name = cls.name
+        if name in table or (kind, name) in self._disputed:
+            owners = self._disputed.get((kind, name)) or _origin(table.pop(name))
+            entry: Registered[Any] = Registered(cls, distribution, version)
+            self._disputed[kind, name] = f"{owners} and {_origin(entry)}"
+            reason = f"the {kind} name {name!r} is claimed by {self._disputed[kind, name]}; uninstall one or rename it."
+            self.broken = [b for b in self.broken if b.plugin != name] + [Broken(name, distribution, reason)]
+            return
+        table[name] = Registered(cls, distribution, version)  # type: ignore[assignment]
+
+    def _find(self, kind: str, table: dict[str, Registered[T]], name: str) -> Registered[T]:
+        if (kind, name) in self._disputed:
+            raise PluginError(
+                f"the {kind} name {name!r} is claimed by {self._disputed[kind, name]}; uninstall one or rename it."
+            )
+        if name not in table:
+            raise UnknownNameError.among(kind, name, table)
+        return table[name]
+
+
+@cache
+def load_registry() -> Registry:
+    """Load every installed plugin, once for the process."""
+    entries = sorted(
+        metadata.entry_points(group=GROUP),
+        key=lambda entry: (_dist(entry)[0] != "prunebench", _dist(entry), entry.name),
+    )
+    return registry_of([(entry.name, *_dist(entry), entry.load) for entry in entries])
+
+
+def registry_of(plugins: Iterable[tuple[str, str, str, Callable[[], object]]]) -> Registry:
+    """A registry of (entry point, distribution, version, loader) in this order."""
+    registry = Registry()
+    for name, distribution, version, load in plugins:
+        try:
+            found = _hooked(name, load())
+            for kind, classes in found.items():
+                for cls in classes:
+                    registry.add(kind, cls, distribution, version)
+        except Exception as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed with its reason
+            reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            registry.broken.append(Broken(name, distribution, reason))
+    return registry
+
+
+def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
+    """Call one plugin's hooks through a manager of its own, so that nothing of it touches another plugin."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(Hooks)
+    try:
+        manager.register(plugin, name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(f"the plugin {name!r} has a hook that prunebench does not know: {error}") from error
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(
+            f"the plugin {name!r} implements no hook: mark prunebench_pruners or prunebench_evals with hookimpl."
+        )
+    found: dict[str, list[type]] = {}
+    for kind, hook in (("pruner", "prunebench_pruners"), ("evaluation", "prunebench_evals")):
+        found[kind] = []
+        for classes in getattr(manager.hook, hook)():
+            if not isinstance(classes, list | tuple):
+                raise PluginError(
+                    f"{hook} of the plugin {name!r} returned {type(classes).__name__}, not a list of classes."
+                )
+            found[kind] += classes
+    return found
+
+
+def _check(cls: object, base: type, kind: str) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise PluginError(f"{cls!r} is not a {base.__name__} class.")
+    if inspect.isabstract(cls):
+        missing = ", ".join(sorted(cls.__abstractmethods__))
+        raise PluginError(f"{cls.__name__} is abstract: it does not define {missing}.")
+    if not _NAME.fullmatch(str(getattr(cls, "name", ""))):
+        raise PluginError(f"{cls.__name__} needs a class variable `name` of lower case letters, digits and '._+-'.")
+    if "__dataclass_fields__" not in vars(cls):
+        raise PluginError(f"{cls.__name__} is not a dataclass: decorate it with @dataclass.")
+    for item in dataclasses.fields(cls):
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise PluginError(f"the option {item.name!r} of the {kind} {cls.__name__} has no default.")
+
+
+def _origin(entry: Registered[Any]) -> str:
+    return f"{entry.distribution} {entry.version} ({entry.cls.__module__}.{entry.cls.__qualname__})"
+
+
+def _dist(entry: metadata.EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "unknown")

@@ -1,0 +1,345 @@
+"""The contract: what a pruner and an evaluation are, and what the harness hands them.
+
+A pruner is a dataclass whose fields are its hyper-parameters and whose `prune` changes a model in place. The harness owns
+clock, memory, seeds, dtype, device and evaluation; a pruner never prints, times or seeds. Torch and transformers are
+imported for type checking only, so that a plugin can be listed without loading them.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
+
+import pluggy
+
+from prunebench.errors import ContractError
+from prunebench.targets import NM, Target
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+hookspec = pluggy.HookspecMarker("prunebench")
+hookimpl = pluggy.HookimplMarker("prunebench")
+
+JsonDict = dict[str, Any]
+"""A mapping that `json` can write: strings, numbers, booleans, None, lists and such mappings."""
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what, done, total)`: how far a step has come; called often, must be cheap."""
+
+
+class Needs(enum.Flag):
+    """What a pruner reads besides the model. What is not named is not handed over."""
+
+    WEIGHTS = enum.auto()
+    CALIBRATION = enum.auto()
+    GRADIENTS = enum.auto()
+    TRAINING = enum.auto()
+    SEED = enum.auto()
+    """Draws random numbers from `job.seed`. Without it (and without calibration or training text) a method runs once."""
+
+
+class Changes(enum.Flag):
+    """What a pruner may leave changed. What is not named must be bit-identical afterwards."""
+
+    NOTHING = 0
+    MASK_GROWS = enum.auto()
+    """Entries are removed, none is revived: the normal case."""
+    MASK_MOVES = enum.auto()
+    """Removed entries may come back; the target is audited again."""
+    KEPT_WEIGHTS = enum.auto()
+    """The values of surviving entries."""
+    BIASES = enum.auto()
+    NORMS = enum.auto()
+    HEAD = enum.auto()
+
+
+class Matrix(Protocol):
+    """A prunable matrix: a handle that is found once, before the first step, and stays valid to the end."""
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module that owns the weight."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as [outputs, inputs], detached, whatever the storage; looked up at each access, so do not hold it."""
+
+    def oriented(self, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor in the orientation of the stored parameter (GPT-2 stores it transposed) as [outputs, inputs], and back."""
+
+    def keep(self, mask: torch.Tensor) -> None:
+        """Zero the entries where `mask` (boolean, [outputs, inputs]) is False; survivors keep their bits."""
+
+    def write(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        """Store new values [outputs, inputs], cast to the matrix's dtype, and zero the entries where `mask` is False."""
+
+
+class BlockHandle(Protocol):
+    """A decoder block and its prunable matrices."""
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The block itself."""
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """Its prunable matrices, in module order."""
+
+
+class Anatomy(Protocol):
+    """The decoder blocks of a model, in order."""
+
+    @property
+    def blocks(self) -> Sequence[BlockHandle]:
+        """The decoder blocks, first to last."""
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """All prunable matrices, block by block."""
+
+
+class DenseWeights(Protocol):
+    """The weights before the first step, read a matrix or a block at a time."""
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The dense weight [outputs, inputs], on the matrix's device, in its dtype."""
+
+    def block(self, block: BlockHandle) -> torch.nn.Module:
+        """A copy of the block with all its dense parameters, on the block's device."""
+
+
+class Placement(Protocol):
+    """Where blocks and activations rest while they are not worked on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where work is done."""
+
+    def bring(self, module: torch.nn.Module) -> None:
+        """Move a block to the device."""
+
+    def release(self, module: torch.nn.Module) -> None:
+        """Let a block go back to where it rests."""
+
+    def rest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where activations rest."""
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A batch of activations on the device."""
+
+
+@dataclass(frozen=True)
+class MatrixFacts:
+    """Name and shape of a prunable matrix."""
+
+    name: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """What a pruner may look at before it accepts a job."""
+
+    target: Target
+    config: PretrainedConfig
+    matrices: tuple[MatrixFacts, ...]
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of parameter names that share one tensor."""
+    biases: tuple[str, ...]
+    """Names of the bias parameters that exist."""
+    earlier: tuple[str, ...]
+    """The steps before this one, as written."""
+
+    def misfit(self) -> str | None:
+        """Why the target's pattern cannot be laid over the matrices, or None."""
+        if isinstance(self.target, NM):
+            for matrix in self.matrices:
+                if matrix.shape[1] % self.target.of:
+                    return (
+                        f"{matrix.name} has {matrix.shape[1]} input columns, not a multiple of {self.target.of}, "
+                        f"so {self.target} has no meaning for it."
+                    )
+        return None
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One step's work: the model and everything the step may use.
+
+    Token arrays are int64 tensors `[sequences, length]` on the host. A step that did not declare the need for one gets a
+    `ContractError` when it reads it.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    target: Target
+    needs: Needs
+    seed: int
+    placement: Placement
+    batch_size: int
+    masks: Mapping[str, torch.Tensor]
+    """Keep masks left by earlier steps, by matrix name (boolean, [outputs, inputs]); empty before the first."""
+    dense: DenseWeights
+    progress: Progress
+    note: Callable[[str, Any], None]
+    """`note(key, value)`: something the record should keep (a retry, a share, a deviation)."""
+    calibration_tokens: torch.Tensor | None = None
+    training_tokens: torch.Tensor | None = None
+    validation_tokens: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where work is done."""
+        return self.placement.device
+
+    @property
+    def calibration(self) -> torch.Tensor:
+        """Calibration sequences [samples, length]; needs `Needs.CALIBRATION`."""
+        return self._declared("calibration", Needs.CALIBRATION | Needs.GRADIENTS, self.calibration_tokens)
+
+    @property
+    def training(self) -> torch.Tensor:
+        """Packed training windows [n, length], from documents that no other text uses; needs `Needs.TRAINING`."""
+        return self._declared("training", Needs.TRAINING, self.training_tokens)
+
+    @property
+    def validation(self) -> torch.Tensor:
+        """Packed validation windows [n, length], for choosing options; needs `Needs.TRAINING`."""
+        return self._declared("validation", Needs.TRAINING, self.validation_tokens)
+
+    def _declared(self, name: str, need: Needs, tokens: torch.Tensor | None) -> torch.Tensor:
+        if not self.needs & need:
+            raise ContractError(f"the pruner reads job.{name} but its needs() do not declare it.")
+        if tokens is None:
+            raise ContractError(f"the pruner needs job.{name}, and this run has no {name} text.")
+        return tokens
+
+
+_T = TypeVar("_T")
+
+
+def option(default: _T, doc: str) -> _T:
+    """A hyper-parameter of a pruner or an option of an evaluation: a dataclass field with its one-line description."""
+    return cast("_T", field(default=default, metadata={"doc": doc}))
+
+
+@dataclass
+class Pruner(abc.ABC):
+    """One pruning method. The fields of the dataclass are its hyper-parameters."""
+
+    name: ClassVar[str]
+    """What users write, e.g. 'wanda': lower case letters, digits, '.', '+', '-' and '_'."""
+    revision: ClassVar[int] = 1
+    """Raise it whenever outputs or a default can change: it is part of a run's id."""
+
+    def needs(self) -> Needs:
+        """What the method reads; may depend on options."""
+        return Needs.WEIGHTS
+
+    def changes(self) -> Changes:
+        """What the method may leave changed; may depend on options."""
+        return Changes.MASK_GROWS
+
+    def group(self) -> str:
+        """The comparison group in which an unstructured target is exact: `row`, `matrix` or `model`.
+
+        The audit counts in it. With `model` the total is exact and each matrix's rate is recorded. N:M targets are
+        always counted in groups of M.
+        """
+        return "row"
+
+    def refuses(self, facts: JobFacts) -> str | None:  # noqa: ARG002 - the signature is the contract
+        """A reason in one sentence why this job cannot be done, or None; asked for every step before the first starts."""
+        return None
+
+    @abc.abstractmethod
+    def prune(self, job: Job) -> None:
+        """Prune `job.model` in place."""
+
+
+@dataclass(frozen=True)
+class EvalFacts:
+    """What an evaluation may look at to say under which conditions it measures."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer_hash: str
+    folder: str
+    """Where relative file names in options start."""
+
+
+@dataclass(kw_only=True)
+class EvalJob:
+    """One evaluation's work. The model is in eval mode on `device`."""
+
+    model: PreTrainedModel
+    facts: EvalFacts
+    conditions: JsonDict
+    """What `conditions` returned when the run was planned."""
+    device: torch.device
+    batch_size: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found."""
+
+    value: float
+    unit: str
+    higher_is_better: bool
+    items: Mapping[str, Sequence[float | int | str]] = field(default_factory=dict)
+    """Raw answers as columns of equal length, e.g. a negative log-likelihood and a document for each segment."""
+
+
+@dataclass
+class Eval(abc.ABC):
+    """One evaluation. The fields of the dataclass are its options."""
+
+    name: ClassVar[str]
+    revision: ClassVar[int] = 1
+
+    @abc.abstractmethod
+    def conditions(self, facts: EvalFacts) -> JsonDict:
+        """Everything that makes two values comparable; asked when a run is planned, before any model is loaded.
+
+        Raises:
+            DataError: the data cannot be had, or does not fit the model.
+        """
+
+    @abc.abstractmethod
+    def measure(self, job: EvalJob) -> Score:
+        """Evaluate `job.model`.
+
+        Raises:
+            NonFiniteError: the value is not a number.
+        """
+
+
+class Hooks:
+    """The hooks of the entry-point group `prunebench`. They take no arguments and return classes."""
+
+    @hookspec
+    def prunebench_pruners(self) -> Sequence[type[Pruner]]:  # type: ignore[empty-body]
+        """Pruner classes to register."""
+
+    @hookspec
+    def prunebench_evals(self) -> Sequence[type[Eval]]:  # type: ignore[empty-body]
+        """Evaluation classes to register."""

@@ -1,0 +1,19 @@
+"""What authors of pruners build with."""
+
+from prunebench.toolkit.masks import keep_mask
+from prunebench.toolkit.phases import phase
+from prunebench.toolkit.scores import magnitude_scores, wanda_scores
+from prunebench.toolkit.stats import InputNorm, Statistic
+from prunebench.toolkit.walk import Block, Replica, walk
+
+__all__ = [
+    "Block",
+    "InputNorm",
+    "Replica",
+    "Statistic",
+    "keep_mask",
+    "magnitude_scores",
+    "phase",
+    "walk",
+    "wanda_scores",
+]

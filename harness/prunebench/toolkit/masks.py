@@ -1,0 +1,180 @@
+"""From scores to keep masks, with exact counts and one tie rule.
+
+Ties go to the lower column first, and to the earlier row where whole matrices are compared, as a stable ascending sort would
+have it (`methods.md` 1.4); the same on every device. Besides the mask itself, the peak extra memory of the unstructured
+groups is bounded by `CHUNK_ENTRIES` entries (about 20 bytes each), whatever the size of the matrix; N:M needs 3 bytes an
+entry of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, overload
+
+import torch
+
+from prunebench.errors import NonFiniteError, RunError
+from prunebench.targets import NM, Target, Unstructured
+from prunebench.toolkit.phases import phase
+
+Group = Literal["row", "matrix"]
+
+CHUNK_ENTRIES = 1 << 22
+"""Entries worked on at a time."""
+
+_DIGIT_BITS = 16
+
+
+@overload
+def keep_mask(scores: torch.Tensor, target: Target, group: Group = "row") -> torch.Tensor: ...
+@overload
+def keep_mask(scores: Sequence[torch.Tensor], target: Target, group: Literal["model"]) -> list[torch.Tensor]: ...
+def keep_mask(
+    scores: torch.Tensor | Sequence[torch.Tensor], target: Target, group: Group | Literal["model"] = "row"
+) -> torch.Tensor | list[torch.Tensor]:
+    """Keep the entries of highest score: exactly `int(size * s)` are removed in every comparison group.
+
+    Args:
+        scores: [outputs, inputs], float32 (float64 in exact tests); with `group="model"` one such tensor a matrix.
+        target: the pattern; an N:M target compares within groups of M consecutive columns and ignores `group`.
+        group: what is compared with what: each row, the whole matrix, or all the matrices together.
+
+    Returns:
+        A boolean tensor of the shape of the scores, True where the entry survives; with `group="model"` a list of them.
+
+    Raises:
+        NonFiniteError: a score is NaN.
+        RunError: the scores are not float32 or float64, or the columns are not a multiple of M.
+    """
+    with phase("scoring"):
+        together = [scores] if isinstance(scores, torch.Tensor) else list(scores)
+        for matrix in together:
+            _check(matrix, target)
+        if isinstance(target, NM):
+            masks = [_keep_nm(matrix, target) for matrix in together]
+        elif not isinstance(target, Unstructured):
+            masks = [torch.ones_like(matrix, dtype=torch.bool) for matrix in together]
+        elif group == "row":
+            masks = [_keep_rows(matrix, target) for matrix in together]
+        else:
+            masks = _keep_together(together, target)
+        return masks[0] if isinstance(scores, torch.Tensor) else masks
+
+
+def _check(scores: torch.Tensor, target: Target) -> None:
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise RunError(
+            f"scores must be float32, not {str(scores.dtype).removeprefix('torch.')}: ties of a short type distort counts."
+        )
+    if scores.ndim != 2:
+        raise RunError(f"scores must be [outputs, inputs], not {list(scores.shape)}.")
+    if isinstance(target, NM) and scores.shape[1] % target.of:
+        raise RunError(
+            f"{scores.shape[1]} columns are not a multiple of {target.of}, so {target} has no meaning for them."
+        )
+    if bool(torch.isnan(scores).any()):
+        raise NonFiniteError(
+            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN; no mask can be made of them."
+        )
+
+
+def _row_chunks(scores: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_ENTRIES // max(1, scores.shape[1]))
+    for start in range(0, scores.shape[0], rows):
+        yield slice(start, min(start + rows, scores.shape[0]))
+
+
+def _keep_rows(scores: torch.Tensor, target: Unstructured) -> torch.Tensor:
+    """Per row, by the k-th smallest score; of those equal to it the first columns go."""
+    removed = target.removed(scores.shape[1])
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if removed == 0:
+        return keep
+    for rows in _row_chunks(scores):
+        part = scores[rows]
+        threshold = torch.kthvalue(part, removed, dim=1, keepdim=True).values
+        at = part == threshold
+        room = removed - (part < threshold).sum(dim=1, keepdim=True)
+        keep[rows] = (part > threshold) | (at & (at.cumsum(dim=1, dtype=torch.int32) > room))
+    return keep
+
+
+def _keep_nm(scores: torch.Tensor, target: NM) -> torch.Tensor:
+    """Rank each entry in its group by counting who is smaller: M(M-1)/2 comparisons of whole columns, no sort."""
+    keep = torch.empty_like(scores, dtype=torch.bool)
+    for rows in _row_chunks(scores):
+        groups = scores[rows].reshape(-1, target.of).t().contiguous()
+        rank = torch.zeros(groups.shape, dtype=torch.uint8 if target.of <= 256 else torch.int32, device=scores.device)
+        for later in range(1, target.of):
+            smaller = groups[later] < groups[:later]
+            rank[:later] += smaller
+            rank[later] += (~smaller).sum(dim=0, dtype=rank.dtype)
+        keep[rows] = (rank >= target.of - target.keep).t().reshape(scores[rows].shape)
+    return keep
+
+
+def _keep_together(matrices: Sequence[torch.Tensor], target: Unstructured) -> list[torch.Tensor]:
+    """Over all entries of all matrices: the k-th smallest by its binary digits, so nothing is sorted or copied whole."""
+    removed = target.removed(sum(matrix.numel() for matrix in matrices))
+    if removed == 0:
+        return [torch.ones_like(matrix, dtype=torch.bool) for matrix in matrices]
+    threshold, room = _select(matrices, removed)
+    masks = []
+    for matrix in matrices:
+        keep = torch.empty_like(matrix, dtype=torch.bool)
+        for rows in _row_chunks(matrix):
+            keys = _ordered(matrix[rows])
+            keep[rows] = keys > threshold
+            at = keys == threshold
+            ties = int(at.sum())
+            if ties:
+                keep[rows] |= at & (at.flatten().cumsum(0, dtype=torch.int64).view_as(at) > room)
+                room = max(0, room - ties)
+        masks.append(keep)
+    return masks
+
+
+def _select(matrices: Sequence[torch.Tensor], rank: int) -> tuple[int, int]:
+    """The key of the `rank`-th smallest entry, and how many entries with that key are among the `rank` smallest."""
+    bits = 8 * matrices[0].element_size()
+    prefix, low = None, rank
+    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
+        for matrix in matrices:
+            for rows in _row_chunks(matrix):
+                keys = _ordered(matrix[rows])
+                if prefix is not None:
+                    keys = keys[(keys >> (shift + _DIGIT_BITS)) == prefix]
+                digits = (keys.flatten() >> shift) & ((1 << _DIGIT_BITS) - 1)
+                if prefix is None:
+                    digits = digits ^ (1 << (_DIGIT_BITS - 1))  # the top digit carries the sign
+                counts += torch.bincount(digits, minlength=counts.numel()).cpu()
+        below = counts.cumsum(0)
+        digit = int(torch.searchsorted(below, low))
+        low -= int(below[digit] - counts[digit])
+        signed = digit - (1 << (_DIGIT_BITS - 1))
+        prefix = signed if prefix is None else (prefix << _DIGIT_BITS) | digit
+    assert prefix is not None
+    return prefix, low
+
+
+def _ordered(scores: torch.Tensor) -> torch.Tensor:
+    """Integers in the order of the floats: the bits, with the magnitude of negative numbers turned round."""
+    whole = torch.int32 if scores.dtype == torch.float32 else torch.int64
+    bits = (scores + 0.0).contiguous().view(whole)  # + 0.0 makes -0.0 equal to 0.0
+    return bits ^ ((bits >> (8 * scores.element_size() - 1)) & torch.iinfo(whole).max)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean tensor as bytes in C order, the first entry in the highest bit (numpy's `packbits`), on the host."""
+    flat = mask.flatten()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(dim=1, dtype=torch.uint8).cpu()
+
+
+def unpack_bits(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The boolean tensor that `pack_bits` made bytes of."""
+    shifts = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, None] >> shifts) & 1
+    return bits.flatten()[: shape[0] * shape[1]].view(shape).bool()

@@ -1,0 +1,105 @@
+"""`with phase("statistics")`: where a step's time goes.
+
+The harness installs a clock in a context variable; without one a phase costs nothing. Time is exclusive: what is spent in an
+inner phase is not counted in the outer one, so the phases of a step add up to its whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, Protocol
+
+import torch
+
+PhaseName = Literal["calibration", "statistics", "scoring", "update", "propagation", "training", "other"]
+
+_clock: ContextVar[PhaseClock | None] = ContextVar("prunebench_phase_clock", default=None)
+
+
+@contextmanager
+def phase(name: PhaseName) -> Iterator[None]:
+    """Count the time spent inside under `name`."""
+    clock = _clock.get()
+    if clock is None:
+        yield
+        return
+    clock.enter(name)
+    try:
+        yield
+    finally:
+        clock.leave()
+
+
+class _Mark(Protocol):
+    def seconds_since(self, earlier: _Mark) -> float: ...
+
+
+class _HostMark:
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def seconds_since(self, earlier: _Mark) -> float:
+        assert isinstance(earlier, _HostMark)
+        return self.at - earlier.at
+
+
+class _DeviceMark:
+    """An event on the device's stream, so that phases need no synchronisation of their own."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def seconds_since(self, earlier: _Mark) -> float:
+        assert isinstance(earlier, _DeviceMark)
+        return earlier.event.elapsed_time(self.event) / 1000.0
+
+
+class PhaseClock:
+    """Adds up seconds by phase. Two synchronisations in all: one at the start, one at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stack: list[str] = []
+        self._marks: list[tuple[str, _Mark]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[PhaseClock]:
+        """Measure what runs inside; everything outside a phase counts as `other`."""
+        token = _clock.set(self)
+        self._synchronise()
+        self.enter("other")
+        try:
+            yield self
+        finally:
+            self.leave()
+            self._synchronise()
+            _clock.reset(token)
+
+    def enter(self, name: str) -> None:
+        """Start a phase inside the present one."""
+        self._stack.append(name)
+        self._mark(name)
+
+    def leave(self) -> None:
+        """End the present phase and go on with the one around it."""
+        self._stack.pop()
+        self._mark(self._stack[-1] if self._stack else "")
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, once the clock has stopped."""
+        found: dict[str, float] = {}
+        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            if name:
+                found[name] = found.get(name, 0.0) + end.seconds_since(start)
+        return found
+
+    def _mark(self, name: str) -> None:
+        self._marks.append((name, _DeviceMark() if self._device.type == "cuda" else _HostMark()))
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

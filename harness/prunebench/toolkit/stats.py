@@ -1,0 +1,86 @@
+"""Statistics of the inputs of a matrix, gathered while the calibration set passes through a block."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+
+from prunebench.toolkit.scores import at_least_float32
+
+
+class Statistic(abc.ABC):
+    """Something accumulated over the inputs of one matrix. Matrices that read the same input share one."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """For inputs of `width` features on `device`; `dtype` is float32, or float64 in exact tests."""
+        self.width, self.device, self.dtype = width, device, dtype
+
+    @abc.abstractmethod
+    def add(self, inputs: torch.Tensor, sequences: int) -> None:
+        """Take in one batch: [tokens of all its sequences, width] in the statistic's dtype, and how many sequences it holds."""
+
+    @abc.abstractmethod
+    def value(self) -> torch.Tensor:
+        """What was found."""
+
+
+class InputNorm(Statistic):
+    """`sqrt(1/N * sum over N sequences and their tokens of x_j^2)`, [inputs] (Wanda's code; the 1/N leaves rankings alone)."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(width, device, dtype)
+        # A vector, so float64 costs nothing; sums then hardly depend on how the set is split into batches.
+        self._squares = torch.zeros(width, device=device, dtype=torch.float64)
+        self._sequences = 0
+
+    def add(self, inputs: torch.Tensor, sequences: int) -> None:
+        """Add the squares of a batch."""
+        self._squares += inputs.square().sum(dim=0)
+        self._sequences += sequences
+
+    def value(self) -> torch.Tensor:
+        """The norms, [inputs]."""
+        return (self._squares / max(1, self._sequences)).sqrt().to(self.dtype)
+
+
+class SharedStatistics:
+    """One pass's statistics of several kinds for several matrices, shared where matrices read one tensor.
+
+    Siblings such as q, k and v are called one after another with the very same tensor; that is seen in the first batch and
+    relied on, under a check, in the later ones.
+    """
+
+    def __init__(self, kinds: tuple[type[Statistic], ...]) -> None:
+        self._kinds = kinds
+        self._of: dict[str, list[Statistic]] = {}
+        self._leader: dict[str, bool] = {}
+        self._last: tuple[torch.Tensor, list[Statistic]] | None = None
+
+    def see(self, name: str, inputs: torch.Tensor, sequences: int) -> None:
+        """Take in what matrix `name` reads in this batch."""
+        same = self._last is not None and self._last[0] is inputs
+        if name not in self._of:
+            self._leader[name] = not same
+            self._of[name] = self._last[1] if same and self._last else self._fresh(inputs)
+        elif self._leader[name] == same:
+            raise RuntimeError(f"{name} shares its input with its neighbour in one batch and not in another.")
+        if self._leader[name]:
+            flat = at_least_float32(inputs.detach()).reshape(-1, inputs.shape[-1])
+            for statistic in self._of[name]:
+                statistic.add(flat, sequences)
+        self._last = (inputs, self._of[name])
+
+    def forget_batch(self) -> None:
+        """Let go of the last tensor seen."""
+        self._last = None
+
+    def values(self, name: str) -> list[torch.Tensor]:
+        """The values for a matrix, one a kind; the same tensors for matrices that share."""
+        if name not in self._of:
+            raise RuntimeError(f"{name} was not called in its block's forward pass, so it has no statistics.")
+        return [statistic.value() for statistic in self._of[name]]
+
+    def _fresh(self, inputs: torch.Tensor) -> list[Statistic]:
+        dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        return [kind(inputs.shape[-1], inputs.device, dtype) for kind in self._kinds]

@@ -1,0 +1,257 @@
+"""Visit the decoder blocks in order, each with its true inputs: the outputs of the blocks before it, as they now are.
+
+The first time a block is asked for data, the model's own forward runs once over the calibration set with every block
+replaced by a recorder, which keeps the first block's input and each block's arguments. From then on only blocks run, one at
+a time, and one buffer of hidden states is overwritten in place. A method that asks for no data costs no forward pass.
+
+Nothing is held across a `yield`: no hook, context manager, grad mode or autocast; leaving the loop early closes the walk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prunebench.errors import ContractError
+from prunebench.spec import BlockHandle, Job, Matrix
+from prunebench.toolkit.phases import phase
+from prunebench.toolkit.recorder import BlockCall, record_calls, unpack
+from prunebench.toolkit.stats import SharedStatistics, Statistic
+
+Reduce = Literal["rms", "l1", "l2"]
+
+
+def walk(job: Job) -> Iterator[Block]:
+    """Yield the model's blocks, first to last. Changes made to a block before the next is asked for count for all later ones."""
+    stream = _Stream(job)
+    blocks = job.anatomy.blocks
+    try:
+        for index, handle in enumerate(blocks):
+            job.progress("block", index, len(blocks))
+            job.placement.bring(handle.module)
+            try:
+                yield Block(handle, index, stream)
+                stream.leave(index)
+            finally:
+                job.placement.release(handle.module)
+        job.progress("block", len(blocks), len(blocks))
+    finally:
+        stream.close()
+
+
+class Block:
+    """A decoder block on its visit, with its calibration inputs."""
+
+    def __init__(self, handle: BlockHandle, index: int, stream: _Stream) -> None:
+        self.handle, self.index, self._stream = handle, index, stream
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+        return self.handle.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        return self.handle.module
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The block's prunable matrices, in module order."""
+        return list(self.handle.matrices)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The block's inputs over the calibration set, in order: [sequences, length, hidden] on the device."""
+        return self._stream.batches(self.index)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output [sequences, length, hidden], as it now is, without gradients."""
+        with torch.no_grad():
+            return self._stream.call(self.index, self.module, hidden)
+
+    def collect(self, *kinds: type[Statistic]) -> Any:
+        """Gather statistics of the inputs of every matrix in one pass of the calibration set through the block.
+
+        Args:
+            kinds: classes of statistics, any number in one pass.
+
+        Returns:
+            For one kind a mapping from matrix to value; for several, a tuple of such mappings in the same order.
+        """
+        self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
+        with phase("statistics"):
+            shared = SharedStatistics(kinds)
+            with _hooked(self.matrices, shared) as batch_size, torch.no_grad():
+                for hidden in self.batches():
+                    batch_size[0] = hidden.shape[0]
+                    self.forward(hidden)
+                    shared.forget_batch()
+            values = {matrix: shared.values(matrix.name) for matrix in self.matrices}
+        found: tuple[dict[Matrix, torch.Tensor], ...] = tuple(
+            {matrix: of_matrix[i] for matrix, of_matrix in values.items()} for i in range(len(kinds))
+        )
+        return found[0] if len(kinds) == 1 else found
+
+    def replica(self, dtype: torch.dtype = torch.float32) -> Replica:
+        """A detached copy of the block in `dtype`, whose parameters take gradients."""
+        return Replica(self, dtype)
+
+    def gradients(
+        self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms"
+    ) -> dict[Matrix, torch.Tensor]:
+        """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over samples.
+
+        Args:
+            loss: from the block's output for one sample [1, length, hidden] in float32 to a scalar.
+            reduce: over samples: root of the mean of squares, sum of magnitudes, or root of the sum of squares.
+
+        Returns:
+            [outputs, inputs] in float32 for each matrix.
+        """
+        with phase("statistics"):
+            replica = self.replica(self._stream.work_dtype())
+            weights = [replica.parameter(matrix) for matrix in self.matrices]
+            totals = [torch.zeros_like(weight) for weight in weights]
+            samples = 0
+            for batch in self.batches():
+                for hidden in batch.split(1):
+                    with torch.enable_grad():
+                        found = torch.autograd.grad(loss(replica.forward(hidden)), weights)
+                    for total, gradient in zip(totals, found, strict=True):
+                        total += gradient.abs() if reduce == "l1" else gradient.square()
+                    samples += 1
+            if reduce != "l1":
+                totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
+            return {m: m.oriented(total) for m, total in zip(self.matrices, totals, strict=True)}
+
+
+class Replica:
+    """A detached copy of a block: train it, compare with it, throw it away."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        self._block, self._dtype = block, dtype
+        self.module = copy.deepcopy(block.module).to(dtype).eval()
+        self.module.requires_grad_(True)
+        self._inner = {f"{block.name}.{name}": module for name, module in self.module.named_modules()}
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The copy's output for inputs of the block, [sequences, length, hidden] in the copy's dtype."""
+        return self._block._stream.call(self._block.index, self.module, hidden.to(self._dtype))
+
+    def parameter(self, matrix: Matrix) -> nn.Parameter:
+        """The copy of a matrix's parameter, in its stored orientation; takes gradients."""
+        weight = self._inner[matrix.name].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The copy of a matrix's weight as [outputs, inputs]; part of the graph."""
+        return matrix.oriented(self.parameter(matrix))
+
+
+class _Stream:
+    """The hidden states on their way through the blocks."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._hidden: torch.Tensor | None = None
+        self._calls: list[BlockCall] = []
+        self._at = 0
+
+    def batches(self, index: int) -> Iterator[torch.Tensor]:
+        hidden = self.inputs(index)
+        for rows in _slices(hidden.shape[0], self._job.batch_size):
+            yield self._job.placement.fetch(hidden[rows])
+
+    def call(self, index: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if not self._calls:
+            self._record()
+        with evaluating(module):
+            args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype)
+            return unpack(module(hidden, *args, **kwargs))
+
+    def leave(self, index: int) -> None:
+        """Move on from a block: its outputs, as it now is, become the inputs of the next."""
+        if self._hidden is not None and self._at == index and index + 1 < len(self._job.anatomy.blocks):
+            self._propagate(index)
+
+    def close(self) -> None:
+        self._hidden, self._calls = None, []
+
+    def work_dtype(self) -> torch.dtype:
+        """The dtype for gradients: float32, or float64 where the model is."""
+        return torch.float64 if self._job.model.dtype == torch.float64 else torch.float32
+
+    def inputs(self, index: int) -> torch.Tensor:
+        """The hidden states that enter a block, brought up to it if need be."""
+        if self._hidden is None:
+            if self._at:
+                raise ContractError("a walk that was closed cannot be asked for data.")
+            self._record()
+        assert self._hidden is not None
+        while self._at < index:
+            # Only when the first data are asked for after the first block: bring the states up to this one.
+            module = self._job.anatomy.blocks[self._at].module
+            self._job.placement.bring(module)
+            try:
+                self._propagate(self._at)
+            finally:
+                self._job.placement.release(module)
+        if self._at > index:
+            raise ContractError(f"block {index} was left; its inputs are gone.")
+        return self._hidden
+
+    def _record(self) -> None:
+        with phase("calibration"), torch.no_grad(), evaluating(self._job.model):
+            self._hidden, self._calls = record_calls(self._job)
+
+    def _propagate(self, index: int) -> None:
+        assert self._hidden is not None
+        module = self._job.anatomy.blocks[index].module
+        with phase("propagation"), torch.no_grad():
+            for rows in _slices(self._hidden.shape[0], self._job.batch_size):
+                batch = self._job.placement.fetch(self._hidden[rows])
+                self._hidden[rows] = self._job.placement.rest(self.call(index, module, batch))
+        self._at = index + 1
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module and all inside it in eval mode, and each back in the mode it was in."""
+    modes = [(inner, inner.training) for inner in module.modules() if inner.training]
+    for inner, _ in modes:
+        inner.training = False
+    try:
+        yield
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+
+
+@contextmanager
+def _hooked(matrices: list[Matrix], shared: SharedStatistics) -> Iterator[list[int]]:
+    """Show every matrix's inputs to the statistics while the block runs; yields a cell for the batch size."""
+    batch_size = [0]
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
+        def see(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            shared.see(name, args[0] if args else next(iter(kwargs.values())), batch_size[0])
+
+        return see
+
+    handles = [m.module.register_forward_pre_hook(hook_for(m.name), with_kwargs=True) for m in matrices]
+    try:
+        yield batch_size
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

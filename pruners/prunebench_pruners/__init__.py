@@ -1,0 +1,15 @@
+"""The built-in pruning methods, one file each, registered by the same door as a stranger's."""
+
+from __future__ import annotations
+
+from prunebench.spec import Pruner, hookimpl
+from prunebench_pruners.dense import DensePruner
+from prunebench_pruners.magnitude import Magnitude
+from prunebench_pruners.random import RandomPruner
+from prunebench_pruners.wanda import Wanda
+
+
+@hookimpl
+def prunebench_pruners() -> list[type[Pruner]]:
+    """The methods, from the null pruner up."""
+    return [DensePruner, RandomPruner, Magnitude, Wanda]

@@ -38,10 +38,14 @@ class UnknownNameError(RequestError):
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """Say what was asked, the nearest known name, and all of them."""
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
         listing = f" Known: {', '.join(names)}." if names else " There are none."
-        return cls(f"there is no {kind} {name!r}{hint}{listing}")
+        return cls(f"there is no {kind} {name!r}{did_you_mean(name, names)}{listing}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, if any is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 class OptionError(RequestError):
@@ -64,7 +68,7 @@ class PluginError(PrunebenchError):
     """A plugin that broke the rules of registration."""
 
 
-class Refused(PrunebenchError):  # noqa: N818 - an answer, not an error
+class Refused(PrunebenchError):
     """The method, or the harness, declines this model and target; the message is the reason."""
 
 

@@ -1,7 +1,8 @@
 """Steps as text: `wanda`, `perp[subset=norms,retrain.steps=40]`, joined by `+`.
 
-The grammar is `name[opt=value,group.opt=value]`; a dotted option reaches into a nested dataclass. Values become the typed
-fields of the pruner's or evaluation's dataclass, and errors name the options and their types.
+The grammar is `name[opt=value,group.opt=value]`; a dotted option reaches into a nested dataclass, a list is joined by `+`,
+and `none` is no value where an option may have none. Values become the typed fields of the pruner's or evaluation's
+dataclass, and errors name the options and their types.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunebench.errors import OptionError, UnknownNameError
+from prunebench.errors import OptionError, UnknownNameError, did_you_mean
 
 T = TypeVar("T")
 
@@ -64,12 +65,16 @@ def parse_step(text: str) -> Step:
     return Step(match["name"], options)
 
 
-def parse_steps(text: str) -> list[Step]:
-    """Read steps joined by ` + `; a `+` inside brackets or inside a name (`wanda++`) does not split."""
+def split_steps(text: str) -> list[str]:
+    """Split steps joined by ` + `; a `+` inside brackets or inside a name (`wanda++`) does not split.
+
+    Raises:
+        OptionError: there is no step.
+    """
     parts = [part for part in re.split(r"\s+\+\s+(?![^\[]*\])", text.strip()) if part]
     if not parts:
         raise OptionError("a method needs at least one step.")
-    return [parse_step(part) for part in parts]
+    return parts
 
 
 def build(cls: type[T], step: Step) -> T:
@@ -79,15 +84,15 @@ def build(cls: type[T], step: Step) -> T:
         UnknownNameError: an option that the class does not have.
         OptionError: a value that does not fit its type, or that the class itself declines.
     """
-    adapters = _adapters(cls)
+    adapters = _adapters(cls)  # type: ignore[arg-type]  # a class is hashable
     nested: dict[str, Any] = {}
     for key, text in step.options.items():
         if key not in adapters:
             listing = "; ".join(f"{fact.name} ({fact.type})" for fact in option_facts(cls)) or "none"
-            near = UnknownNameError.among("option", key, adapters)
-            raise UnknownNameError(f"{step.name} has no option {key!r}. Its options: {listing}.") from near
+            near = did_you_mean(key, adapters)
+            raise UnknownNameError(f"{step.name} has no option {key!r}{near} Its options: {listing}.")
         try:
-            value = adapters[key][1].validate_python(text)
+            value = adapters[key][1].validate_python(_read(adapters[key][0], text))
         except ValidationError:
             kind = _type_name(adapters[key][0])
             raise OptionError(f"{step.name}: the option {key} is {kind}, and {text!r} is not.") from None
@@ -103,19 +108,14 @@ def build(cls: type[T], step: Step) -> T:
 
 
 def canonical(name: str, instance: object) -> str:
-    """The step as text with only the options that differ from their defaults, in field order: the spelling a run's id hashes."""
-    changed = [
-        f"{path}={_plain(value)}" for path, value in _walk_values(instance) if value != _default_at(instance, path)
-    ]
+    """The step as text with only the options that differ from their defaults, in field order: what a run's id hashes."""
+    changed = [f"{path}={_plain(value)}" for path, value in _walk_values(instance) if value != _default_at(instance, path)]
     return f"{name}[{','.join(changed)}]" if changed else name
 
 
 def option_values(instance: object) -> dict[str, Any]:
     """All options of a pruner or evaluation, dotted, with their values."""
-    return {
-        path: value if isinstance(value, bool | int | float) else _plain(value)
-        for path, value in _walk_values(instance)
-    }
+    return {path: value if isinstance(value, bool | int | float) else _plain(value) for path, value in _walk_values(instance)}
 
 
 def option_facts(cls: type) -> list[OptionFacts]:
@@ -130,7 +130,7 @@ def option_facts(cls: type) -> list[OptionFacts]:
 
 
 @cache
-def _adapters(cls: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+def _adapters(cls: Any) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     found: dict[str, tuple[Any, TypeAdapter[Any]]] = {}
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
@@ -178,13 +178,26 @@ def _default_at(instance: object, path: str) -> Any:
     return value
 
 
+def _read(kind: Any, text: str) -> Any:
+    if typing.get_origin(kind) in (list, tuple):
+        return [part.strip() for part in text.split("+")] if text else []
+    return None if text == "none" and type(None) in typing.get_args(kind) else text
+
+
 def _plain(value: Any) -> str:
-    if isinstance(value, bool):
+    if isinstance(value, list | tuple):
+        return "+".join(map(_plain, value))
+    if isinstance(value, bool) or value is None:
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}" if float(f"{value:g}") == value else str(value)
+        return short.replace("e+", "e")  # a plus would part a list
+    return str(value)
 
 
 def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) in (list, tuple):
+        return f"{_type_name(typing.get_args(kind)[0])}, joined by +"
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(str(value) for value in typing.get_args(kind))
     return str(getattr(kind, "__name__", kind))

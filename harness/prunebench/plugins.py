@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 import pluggy
 
 from prunebench.errors import PluginError, UnknownNameError
-from prunebench.options import Step, build
-from prunebench.spec import Eval, Hooks, Pruner
+from prunebench.options import Step, build, option_facts
+from prunebench.spec import Eval, Hooks, JsonDict, Pruner
 
 GROUP = "prunebench"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
@@ -68,6 +68,14 @@ class Registry:
         """Build the evaluation that a step asks for; raises as `pruner` does."""
         return build(self._find("evaluation", self.evals, step.name).cls, step)
 
+    def describe_pruners(self) -> dict[str, JsonDict]:
+        """Pruners with their options, for listings."""
+        return {name: _describe(entry) for name, entry in sorted(self.pruners.items())}
+
+    def describe_evals(self) -> dict[str, JsonDict]:
+        """Evaluations with their options, for listings."""
+        return {name: _describe(entry) for name, entry in sorted(self.evals.items())}
+
     def add(self, kind: str, cls: type[Any], distribution: str, version: str) -> None:
         """Register one class.
 
@@ -84,7 +92,7 @@ class Registry:
             reason = f"the {kind} name {name!r} is claimed by {self._disputed[kind, name]}; uninstall one or rename it."
             self.broken = [b for b in self.broken if b.plugin != name] + [Broken(name, distribution, reason)]
             return
-        table[name] = Registered(cls, distribution, version)  # type: ignore[assignment]
+        table[name] = Registered(cls, distribution, version)
 
     def _find(self, kind: str, table: dict[str, Registered[T]], name: str) -> Registered[T]:
         if (kind, name) in self._disputed:
@@ -131,34 +139,40 @@ def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
     except pluggy.PluginValidationError as error:
         raise PluginError(f"the plugin {name!r} has a hook that prunebench does not know: {error}") from error
     if not manager.get_hookcallers(plugin):
-        raise PluginError(
-            f"the plugin {name!r} implements no hook: mark prunebench_pruners or prunebench_evals with hookimpl."
-        )
+        raise PluginError(f"the plugin {name!r} implements no hook: mark prunebench_pruners or prunebench_evals with hookimpl.")
     found: dict[str, list[type]] = {}
     for kind, hook in (("pruner", "prunebench_pruners"), ("evaluation", "prunebench_evals")):
         found[kind] = []
         for classes in getattr(manager.hook, hook)():
             if not isinstance(classes, list | tuple):
-                raise PluginError(
-                    f"{hook} of the plugin {name!r} returned {type(classes).__name__}, not a list of classes."
-                )
+                raise PluginError(f"{hook} of the plugin {name!r} returned {type(classes).__name__}, not a list of classes.")
             found[kind] += classes
     return found
 
 
-def _check(cls: object, base: type, kind: str) -> None:
-    if not isinstance(cls, type) or not issubclass(cls, base):
+def _check(cls: type[Any], base: type, kind: str) -> None:
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise PluginError(f"{cls!r} is not a {base.__name__} class.")
     if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
+        missing = ", ".join(sorted(vars(cls)["__abstractmethods__"]))
         raise PluginError(f"{cls.__name__} is abstract: it does not define {missing}.")
     if not _NAME.fullmatch(str(getattr(cls, "name", ""))):
         raise PluginError(f"{cls.__name__} needs a class variable `name` of lower case letters, digits and '._+-'.")
     if "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{cls.__name__} is not a dataclass: decorate it with @dataclass.")
-    for item in dataclasses.fields(cls):
+    for item in vars(cls)["__dataclass_fields__"].values():
         if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise PluginError(f"the option {item.name!r} of the {kind} {cls.__name__} has no default.")
+
+
+def _describe(entry: Registered[Any]) -> JsonDict:
+    return {
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "revision": entry.cls.revision,
+        "summary": (entry.cls.__doc__ or "").strip().partition("\n")[0],
+        "options": [vars(fact) for fact in option_facts(entry.cls)],
+    }
 
 
 def _origin(entry: Registered[Any]) -> str:

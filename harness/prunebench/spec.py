@@ -11,7 +11,7 @@ import abc
 import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import pluggy
 
@@ -237,7 +237,8 @@ _T = TypeVar("_T")
 
 def option(default: _T, doc: str) -> _T:
     """A hyper-parameter of a pruner or an option of an evaluation: a dataclass field with its one-line description."""
-    return cast("_T", field(default=default, metadata={"doc": doc}))
+    found: _T = field(default=default, metadata={"doc": doc})
+    return found
 
 
 @dataclass
@@ -257,7 +258,7 @@ class Pruner(abc.ABC):
         """What the method may leave changed; may depend on options."""
         return Changes.MASK_GROWS
 
-    def group(self) -> str:
+    def audit_group(self) -> str:
         """The comparison group in which an unstructured target is exact: `row`, `matrix` or `model`.
 
         The audit counts in it. With `model` the total is exact and each matrix's rate is recorded. N:M targets are

@@ -38,9 +38,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparsity < 1.0:
-            raise RequestError(
-                f"the target {self.sparsity} is out of range: a share of zeros is at least 0 and below 1."
-            )
+            raise RequestError(f"the target {self.sparsity} is out of range: a share of zeros is at least 0 and below 1.")
 
     def removed(self, size: int) -> int:
         """Entries to remove from a comparison group of `size` entries (the floor, as in Wanda's code)."""
@@ -52,7 +50,8 @@ class Unstructured:
         return str(self)
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}"
+        short = f"{self.sparsity:g}"
+        return short if float(short) == self.sparsity else repr(self.sparsity)
 
 
 @dataclass(frozen=True)

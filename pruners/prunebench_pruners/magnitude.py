@@ -23,16 +23,14 @@ class Magnitude(Pruner):
 
     name: ClassVar[str] = "magnitude"
 
-    compare: Literal["matrix", "row"] = option(
-        "matrix", "what is compared with what: the whole matrix, or each output row"
-    )
+    group: Literal["matrix", "row"] = option("matrix", "what is compared with what: the whole matrix, or each output row")
 
-    def group(self) -> str:
+    def audit_group(self) -> str:
         """As the option says."""
-        return self.compare
+        return self.group
 
     def prune(self, job: Job) -> None:
         """One look at each matrix."""
         for block in walk(job):
             for matrix in block.matrices:
-                matrix.keep(keep_mask(magnitude_scores(matrix.weight), job.target, group=self.compare))
+                matrix.keep(keep_mask(magnitude_scores(matrix.weight), job.target, group=self.group))

@@ -111,9 +111,7 @@ class LinearMatrix:
     def _check(self, mask: torch.Tensor) -> None:
         if mask.dtype != torch.bool or tuple(mask.shape) != self.shape:
             kind = str(mask.dtype).removeprefix("torch.")
-            raise ContractError(
-                f"{self.name} takes a boolean mask of {list(self.shape)}, not {kind} of {list(mask.shape)}."
-            )
+            raise ContractError(f"{self.name} takes a boolean mask of {list(self.shape)}, not {kind} of {list(mask.shape)}.")
 
 
 class DecoderBlock:
@@ -182,20 +180,19 @@ def find_anatomy(model: PreTrainedModel) -> ModelAnatomy:
     for index, member in enumerate(members):
         matrices = []
         for name, module in member.named_modules():
-            if is_prunable(module) and id(module.weight) not in seen:
-                seen.add(id(module.weight))
-                matrices.append(LinearMatrix(f"{list_name}.{index}.{name}", module, masks))
+            weight = prunable_weight(module)
+            if weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                matrices.append(LinearMatrix(f"{list_name}.{index}.{name}".rstrip("."), module, masks))
         blocks.append(DecoderBlock(f"{list_name}.{index}", member, matrices))
     _refuse_fused(blocks)
     return ModelAnatomy(model, blocks, masks)
 
 
-def is_prunable(module: nn.Module) -> bool:
-    """Whether a module holds a prunable matrix: a linear layer with a floating 2-D weight."""
-    if not isinstance(module, nn.Linear | Conv1D):
-        return False
-    weight = module.weight
-    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+def prunable_weight(module: nn.Module) -> nn.Parameter | None:
+    """The prunable matrix that a module holds itself: the floating 2-D weight of a linear layer."""
+    weight = module.weight if isinstance(module, nn.Linear | Conv1D) else None
+    return weight if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point() else None
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -203,7 +200,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
-            size = sum(m.weight.numel() for m in module.modules() if is_prunable(m))
+            size = sum(weight.numel() for inner in module.modules() if (weight := prunable_weight(inner)) is not None)
             if size:
                 lists[name], sizes[name] = module, size
     if not lists:

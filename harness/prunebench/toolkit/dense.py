@@ -25,9 +25,7 @@ class DenseWeights:
         self._names = {id(module): name for name, module in anatomy.model.named_modules()}
         self._files = _files_by_tensor(folder) if folder else {}
         self._copies: dict[str, torch.Tensor] = {}
-        if not self._files or not all(
-            self._agrees(block, check_values=i == 0) for i, block in enumerate(anatomy.blocks)
-        ):
+        if not self._files or not all(self._agrees(block, check_values=i == 0) for i, block in enumerate(anatomy.blocks)):
             self._files = {}
             for block in anatomy.blocks:
                 for name, parameter in block.module.named_parameters():
@@ -49,7 +47,7 @@ class DenseWeights:
 
     def _read(self, name: str) -> torch.Tensor:
         if name in self._copies:
-            return self._copies[name]
+            return self._copies[name].clone()  # a caller may work on it in place
         with safe_open(str(self._files[name]), framework="pt") as file:
             tensor = file.get_tensor(name)
             assert isinstance(tensor, torch.Tensor)

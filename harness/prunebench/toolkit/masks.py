@@ -2,8 +2,8 @@
 
 Ties go to the lower column first, and to the earlier row where whole matrices are compared, as a stable ascending sort would
 have it (`methods.md` 1.4); the same on every device. Besides the mask itself, the peak extra memory of the unstructured
-groups is bounded by `CHUNK_ENTRIES` entries (about 20 bytes each), whatever the size of the matrix; N:M needs 3 bytes an
-entry of a chunk.
+groups is bounded by `CHUNK_ENTRIES` entries (about 20 bytes each), whatever the size of the matrix; N:M needs 10 bytes
+an entry of a chunk.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def _check(scores: torch.Tensor, target: Target) -> None:
     if scores.ndim != 2:
         raise RunError(f"scores must be [outputs, inputs], not {list(scores.shape)}.")
     if isinstance(target, NM) and scores.shape[1] % target.of:
-        raise RunError(
-            f"{scores.shape[1]} columns are not a multiple of {target.of}, so {target} has no meaning for them."
-        )
+        raise RunError(f"{scores.shape[1]} columns are not a multiple of {target.of}, so {target} has no meaning for them.")
     if bool(torch.isnan(scores).any()):
         raise NonFiniteError(
             f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN; no mask can be made of them."

@@ -50,12 +50,12 @@ class _DeviceMark:
     """An event on the device's stream, so that phases need no synchronisation of their own."""
 
     def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.event.record()
 
     def seconds_since(self, earlier: _Mark) -> float:
         assert isinstance(earlier, _DeviceMark)
-        return earlier.event.elapsed_time(self.event) / 1000.0
+        return float(earlier.event.elapsed_time(self.event)) / 1000.0
 
 
 class PhaseClock:

@@ -23,8 +23,8 @@ class Resident:
         return tensor.to(self.device)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A batch of activations on the device."""
-        return tensor.to(self.device)
+        """A batch of activations on the device; a copy, so that a block may write into its input."""
+        return tensor.to(self.device, copy=True)
 
 
 class Streaming(Resident):

@@ -2,7 +2,8 @@
 
 Kept per block, because they differ by layer (Gemma-3's sliding and full attention, `methods.md` 1.6). All calibration
 sequences have one length and no padding, so the arguments are the same for every sequence; that is checked for every batch,
-and a model for which it does not hold, or whose blocks exchange more than the hidden state, is refused by name.
+and a model for which it does not hold, or whose blocks exchange more than the hidden state, is refused by name. Which
+tensors grow with the batch is seen by giving the model one sequence, and the same one twice.
 """
 
 from __future__ import annotations
@@ -21,28 +22,30 @@ from prunebench.spec import Job
 
 @dataclass
 class BlockCall:
-    """What a block is called with besides the hidden state; batch-sized tensors hold one row."""
+    """What a block is called with besides the hidden state; of tensors that grow with the batch, one sequence's part."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    dtype: torch.dtype
+    """The hidden state's."""
 
     def sized(self, batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for `batch` sequences; floating tensors in the hidden state's dtype."""
+        """The arguments for `batch` sequences; for a hidden state of another dtype floating tensors follow it."""
 
         def fit(value: Any) -> Any:
             if isinstance(value, _PerSequence):
-                value = value.row.expand(batch, *value.row.shape[1:])
-            return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                value = value.part.repeat(batch, *[1] * (value.part.ndim - 1))
+            follows = dtype != self.dtype and isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(dtype) if follows else value
 
-        args = tuple(_map(fit, value) for value in self.args)
-        return args, {name: _map(fit, value) for name, value in self.kwargs.items()}
+        return _map(fit, self.args), _map(fit, self.kwargs)
 
 
 @dataclass
 class _PerSequence:
-    """A tensor whose first dimension is the batch: its one row."""
+    """A tensor whose first dimension grows with the batch: what one sequence adds to it."""
 
-    row: torch.Tensor
+    part: torch.Tensor
 
 
 def unpack(output: Any) -> torch.Tensor:
@@ -66,17 +69,21 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
     family = type(job.model).__name__
     recording = _Recording(family, len(blocks))
     hidden: torch.Tensor | None = None
+
+    def run(batch: torch.Tensor) -> torch.Tensor:
+        recording.start_batch(len(batch))
+        # The decoder without the head: its logits over the whole vocabulary would be thrown away.
+        job.model.base_model(input_ids=batch.to(job.device), use_cache=False)
+        return recording.end_batch()
+
     with _replaced(blocks, recording, job):
+        run(tokens[:1])
+        run(tokens[:1].repeat(2, 1))
         for start in range(0, len(tokens), job.batch_size):
-            batch = tokens[start : start + job.batch_size].to(job.device)
-            recording.start_batch(len(batch))
-            # The decoder without the head: its logits over the whole vocabulary would be thrown away.
-            job.model.base_model(input_ids=batch, use_cache=False)
-            first = recording.end_batch()
+            batch = tokens[start : start + job.batch_size]
+            first = run(batch)
             if hidden is None:
-                hidden = job.placement.rest(first.new_empty((0, *first.shape[1:]))).new_empty(
-                    (len(tokens), *first.shape[1:])
-                )
+                hidden = job.placement.rest(first.new_empty((0, *first.shape[1:]))).new_empty((len(tokens), *first.shape[1:]))
             hidden[start : start + len(batch)] = job.placement.rest(first)
     assert hidden is not None
     return hidden, recording.calls
@@ -90,11 +97,13 @@ class _Recording:
         self._family, self._depth = family, depth
         self._batch = 0
         self._visited = 0
+        self._runs = 0
         self._first: torch.Tensor | None = None
-        self._handed: torch.Tensor | None = None
+        self._handed: tuple[torch.Tensor, int] | None = None
 
     def start_batch(self, size: int) -> None:
         self._batch, self._visited, self._first, self._handed = size, 0, None, None
+        self._runs += 1
 
     def end_batch(self) -> torch.Tensor:
         if self._visited != self._depth or self._first is None:
@@ -105,33 +114,21 @@ class _Recording:
 
     def visit(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A block is called: keep, or compare with, its arguments."""
-        if index != self._visited or (self._handed is not None and hidden is not self._handed):
-            raise Refused(
-                f"{self._family} changes the hidden state between its blocks, which the block walk cannot follow."
-            )
-        call = BlockCall(
-            tuple(_map(self._keep, value) for value in args),
-            {name: _map(self._keep, value) for name, value in kwargs.items() if not _is_cache(value)},
-        )
-        if len(self.calls) == index:
-            self.calls.append(call)
-        elif not _same((call.args, call.kwargs), (self.calls[index].args, self.calls[index].kwargs)):
-            raise Refused(
-                f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed."
-            )
+        handed, writes = self._handed or (hidden, _writes(hidden))
+        if index != self._visited or hidden is not handed or _writes(hidden) != writes:
+            raise Refused(f"{self._family} changes the hidden state between its blocks, which the block walk cannot follow.")
+        kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
+        if self._runs == 1:
+            self.calls.append(BlockCall(args, kwargs, hidden.dtype))
+        elif self._runs == 2:
+            kept = self.calls[index]
+            self.calls[index] = BlockCall(_marked(kept.args, args), _marked(kept.kwargs, kwargs), kept.dtype)
+        if not _same(self.calls[index].sized(self._batch, hidden.dtype), (args, kwargs)):
+            raise Refused(f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed.")
         self._visited += 1
-        self._first = hidden if index == 0 else self._first
-        self._handed = hidden
-
-    def _keep(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or self._batch == 1 or value.shape[0] != self._batch:
-            # With a batch of one, a first dimension of 1 fits any batch by broadcasting.
-            return value
-        if not bool((value == value[:1]).all()):
-            raise Refused(
-                f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed."
-            )
-        return _PerSequence(value[:1].clone())
+        if index == 0:
+            self._first = hidden.clone()  # after the last block the model may write into it
+        self._handed = (hidden, _writes(hidden))
 
 
 @contextmanager
@@ -150,14 +147,16 @@ def _replaced(blocks: list[nn.Module], recording: _Recording, job: Job) -> Itera
 
         return forward
 
-    originals = [block.forward for block in blocks]
+    earlier = [block.__dict__.get("forward") for block in blocks]  # others replace it too, accelerate for one
     try:
-        for index, (block, own) in enumerate(zip(blocks, originals, strict=True)):
-            block.forward = recorder(index, own)
+        for index, block in enumerate(blocks):
+            block.forward = recorder(index, block.forward)
         yield
     finally:
-        for block in blocks:
+        for block, replaced in zip(blocks, earlier, strict=True):
             block.__dict__.pop("forward", None)
+            if replaced is not None:
+                block.forward = replaced
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -173,7 +172,7 @@ def _return_shape(
     """How the blocks return the hidden state, found by running the first one on one sequence."""
     args, kwargs = call.sized(1, hidden.dtype)
     job.placement.bring(block)
-    output = own(hidden[:1], *args, **kwargs)
+    output = own(hidden[:1].clone(), *args, **kwargs)
     if not isinstance(output, tuple):
         return lambda state: state
     if any(isinstance(part, torch.Tensor) for part in output[1:]):
@@ -182,6 +181,11 @@ def _return_shape(
         )
     tail = output[1:]
     return lambda state: (state, *tail)
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often the tensor was written into; not known in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_cache(value: Any) -> bool:
@@ -198,19 +202,23 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
+def _marked(one: Any, two: Any) -> Any:
+    """What one sequence gave, with the tensors marked that are twice as long for two."""
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return _PerSequence(one) if one.ndim and two.shape == (2 * one.shape[0], *one.shape[1:]) else one
+    if isinstance(one, tuple | list) and isinstance(two, tuple | list) and len(one) == len(two):
+        parts = [_marked(part, other) for part, other in zip(one, two, strict=True)]
+        return tuple(parts) if isinstance(one, tuple) else parts
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        return {name: _marked(part, two[name]) for name, part in one.items()}
+    return one
+
+
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, _PerSequence) or isinstance(other, _PerSequence):
-        return torch.equal(_row(one), _row(other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, tuple | list):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
+    if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    return type(one) is type(other)
-
-
-def _row(value: Any) -> torch.Tensor:
-    row = value.row if isinstance(value, _PerSequence) else value
-    assert isinstance(row, torch.Tensor)
-    return row
+    return type(one) is type(other) and (not isinstance(one, int | float | str) or one == other)

@@ -18,7 +18,7 @@ class Statistic(abc.ABC):
 
     @abc.abstractmethod
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
-        """Take in one batch: [tokens of all its sequences, width] in the statistic's dtype, and how many sequences it holds."""
+        """Take in one batch: [all its tokens, width] in the statistic's dtype, and the number of its sequences."""
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:
@@ -56,6 +56,7 @@ class SharedStatistics:
         self._of: dict[str, list[Statistic]] = {}
         self._leader: dict[str, bool] = {}
         self._last: tuple[torch.Tensor, list[Statistic]] | None = None
+        self._values: dict[int, list[torch.Tensor]] = {}
 
     def see(self, name: str, inputs: torch.Tensor, sequences: int) -> None:
         """Take in what matrix `name` reads in this batch."""
@@ -79,7 +80,10 @@ class SharedStatistics:
         """The values for a matrix, one a kind; the same tensors for matrices that share."""
         if name not in self._of:
             raise RuntimeError(f"{name} was not called in its block's forward pass, so it has no statistics.")
-        return [statistic.value() for statistic in self._of[name]]
+        shared = self._of[name]
+        if id(shared) not in self._values:
+            self._values[id(shared)] = [statistic.value() for statistic in shared]
+        return self._values[id(shared)]
 
     def _fresh(self, inputs: torch.Tensor) -> list[Statistic]:
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32

@@ -27,7 +27,7 @@ Reduce = Literal["rms", "l1", "l2"]
 
 
 def walk(job: Job) -> Iterator[Block]:
-    """Yield the model's blocks, first to last. Changes made to a block before the next is asked for count for all later ones."""
+    """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones."""
     stream = _Stream(job)
     blocks = job.anatomy.blocks
     try:
@@ -101,9 +101,7 @@ class Block:
         """A detached copy of the block in `dtype`, whose parameters take gradients."""
         return Replica(self, dtype)
 
-    def gradients(
-        self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms"
-    ) -> dict[Matrix, torch.Tensor]:
+    def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
         """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over samples.
 
         Args:
@@ -119,7 +117,7 @@ class Block:
             totals = [torch.zeros_like(weight) for weight in weights]
             samples = 0
             for batch in self.batches():
-                for hidden in batch.split(1):
+                for hidden in torch.split(batch, 1):
                     with torch.enable_grad():
                         found = torch.autograd.grad(loss(replica.forward(hidden)), weights)
                     for total, gradient in zip(totals, found, strict=True):
@@ -137,7 +135,7 @@ class Replica:
         self._block, self._dtype = block, dtype
         self.module = copy.deepcopy(block.module).to(dtype).eval()
         self.module.requires_grad_(True)
-        self._inner = {f"{block.name}.{name}": module for name, module in self.module.named_modules()}
+        self._inner = {f"{block.name}.{name}".rstrip("."): module for name, module in self.module.named_modules()}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The copy's output for inputs of the block, [sequences, length, hidden] in the copy's dtype."""

@@ -1,0 +1,1 @@
+"""How a run happens: suites, plans, the runner, what is measured, and the executors."""

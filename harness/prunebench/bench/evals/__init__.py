@@ -1,0 +1,12 @@
+"""The built-in evaluations, registered by the same door as a stranger's."""
+
+from __future__ import annotations
+
+from prunebench.bench.evals.perplexity import Perplexity
+from prunebench.spec import Eval, hookimpl
+
+
+@hookimpl
+def prunebench_evals() -> list[type[Eval]]:
+    """The evaluations."""
+    return [Perplexity]

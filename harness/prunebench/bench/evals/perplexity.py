@@ -1,0 +1,116 @@
+"""Perplexity over non-overlapping windows, as in the papers (`methods.md` 1.5).
+
+The text is joined and tokenized once and cut into windows; what is left over is dropped. Each window's mean cross-entropy over
+its `window - 1` predictions counts equally; the value is the exponential of their mean. A BOS stands only where the tokenizer
+puts one, at the start of the text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from prunebench.errors import DataError, NonFiniteError, OptionError
+from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Score, option
+from prunebench.toolkit.cache import digest_array
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, stream_file, token_stream
+from prunebench.toolkit.texts import KNOWN, load_text
+
+MAX_LOGITS = 1 << 26
+"""Float32 logits held at a time (256 MiB); windows are split into smaller batches to stay below."""
+
+C4_ROWS, C4_WINDOWS = 1100, 256
+"""The excerpt of C4's validation shard that the papers use: 1,100 texts, at most 256 windows."""
+
+
+@dataclass
+class Perplexity(Eval):
+    """Perplexity of a causal language model on a text."""
+
+    name: ClassVar[str] = "perplexity"
+    revision: ClassVar[int] = 1
+
+    data: str = option("wikitext2", "wikitext2, c4, OWNER/NAME[/CONFIG][:SPLIT], FILE.txt or FILE.npy")
+    window: int = option(0, "tokens a window; 0 is the model's context, at most 2048")
+    windows: int = option(0, "use only so many windows from the start; 0 is all")
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.window == 1:
+            raise OptionError(f"perplexity: a window is at least 2 tokens (0 is the model's context), not {self.window}.")
+        if self.windows < 0:
+            raise OptionError(f"perplexity: the number of windows cannot be {self.windows}.")
+
+    def conditions(self, facts: EvalFacts) -> JsonDict:
+        """Data set, split, content, window, joining."""
+        stream, joining = self._stream(facts)
+        window = self._window(facts)
+        windows = self._count(stream, window)
+        return {
+            "data": stream.source.name,
+            "config": stream.source.config,
+            "split": stream.source.split,
+            "origin": stream.source.origin,
+            "content": stream.source.content,
+            "complete": stream.source.complete,
+            "joining": joining,
+            "bos": "as the tokenizer adds it, in the first window only",
+            "tokens": len(stream.ids),
+            "token_hash": digest_array(stream.ids[: windows * window]),
+            "window": window,
+            "windows": windows,
+        }
+
+    def measure(self, job: EvalJob) -> Score:
+        """Negative log-likelihood of every window, with the document its first token is in."""
+        stream, _ = self._stream(job.facts)
+        window, count = job.conditions["window"], job.conditions["windows"]
+        ids = torch.from_numpy(stream.ids[: count * window].reshape(count, window))
+        vocabulary = int(job.facts.config.get_text_config().vocab_size)
+        batch = max(1, min(job.batch_size, MAX_LOGITS // (window * vocabulary)))
+        losses: list[float] = []
+        with torch.no_grad():
+            for start in range(0, count, batch):
+                job.progress("window", start, count)
+                losses += _window_losses(job.model, ids[start : start + batch].to(job.device))
+        job.progress("window", count, count)
+        mean = math.fsum(losses) / count
+        if not math.isfinite(mean):
+            bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise NonFiniteError(f"the likelihood of {len(bad)} of {count} windows is not finite, first of window {bad[0]}.")
+        if mean > 700:
+            raise NonFiniteError(f"the mean negative log-likelihood is {mean:.1f}, whose exponential is not finite.")
+        documents = [int(document) for document in stream.documents[: count * window : window]]
+        return Score(math.exp(mean), "perplexity", False, {"nll": [round(x, 6) for x in losses], "document": documents})
+
+    def _stream(self, facts: EvalFacts) -> tuple[Stream, str]:
+        folder = Path(facts.folder)
+        vocabulary = Vocabulary(facts.tokenizer, facts.tokenizer_hash, int(facts.config.get_text_config().vocab_size))
+        if self.data.endswith(".npy"):
+            return stream_file(self.data, vocabulary, folder), "none: tokens"
+        is_c4 = self.data.partition(":")[0] in ("c4", KNOWN["c4"].repo, f"{KNOWN['c4'].repo}/{KNOWN['c4'].config}")
+        text = load_text(self.data, "validation" if is_c4 else "test", folder)
+        return token_stream(text, vocabulary, C4_ROWS if is_c4 else None), repr(text.joining)
+
+    def _window(self, facts: EvalFacts) -> int:
+        context = int(getattr(facts.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
+        if self.window > context:
+            raise DataError(f"perplexity: a window of {self.window} is longer than the model's context of {context}.")
+        return self.window or min(context, DEFAULT_LENGTH)
+
+    def _count(self, stream: Stream, window: int) -> int:
+        there = len(stream.ids) // window
+        if not there:
+            raise DataError(f"perplexity: {self.data} has {len(stream.ids)} tokens, fewer than one window of {window}.")
+        is_c4 = stream.source.name == KNOWN["c4"].repo
+        return min(x for x in (there, self.windows or there, C4_WINDOWS if is_c4 else there) if x)
+
+
+def _window_losses(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
+    """Mean cross-entropy of each window's predictions, in float32 whatever the model's dtype."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return [float(loss) for loss in losses.view(len(ids), -1).mean(dim=1)]

@@ -1,0 +1,72 @@
+"""A pruned model as a folder: a normal Hugging Face model, with its record and its bit-packed keep masks beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunebench.errors import StoreError
+from prunebench.results.records import RunRecord
+from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.loading import quiet_transformers
+
+RECORD_FILE = "prunebench.json"
+MASK_FILE = "mask.safetensors"
+MASK_FORMAT = "prunebench-mask-1"
+
+
+def check_output(out: Path) -> None:
+    """Find out before any work whether a folder can be written.
+
+    Raises:
+        StoreError: it is not empty, or cannot be made.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"the output folder {out} exists and is not empty; name another.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-"):
+            pass
+    except OSError as error:
+        raise StoreError(f"the output folder {out} cannot be made: {error.strerror}.") from None
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    anatomy: ModelAnatomy,
+    record: RunRecord,
+    out: Path,
+) -> None:
+    """Write the folder aside and move it into place, so that it is never half there.
+
+    `mask.safetensors` holds for each matrix its keep mask (1 survives) as bytes in C order, the first entry in the highest
+    bit; shapes are in the file's metadata.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-") as aside:
+            folder = Path(aside) / "model"
+            with quiet_transformers():
+                model.save_pretrained(folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+            shapes = {matrix.name: matrix.shape for matrix in anatomy.matrices if matrix.name in anatomy.masks}
+            save_file(
+                anatomy.masks.packed(),
+                str(folder / MASK_FILE),
+                metadata={"format": MASK_FORMAT, "shapes": json.dumps(shapes)},
+            )
+            (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            if out.is_dir():
+                out.rmdir()
+            shutil.move(folder, out)
+    except OSError as error:
+        raise StoreError(f"the pruned model cannot be written to {out}: {error.strerror or error}.") from error

@@ -1,0 +1,88 @@
+"""What a step costs: seconds by phase, peak memory of the device and of the process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from prunebench.toolkit.phases import PhaseClock
+
+SAMPLING_SECONDS = 0.01
+
+
+@dataclass
+class Cost:
+    """Filled in when the measured part ends."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+    peak_device_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    host_peak_sampled: bool = False
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Cost]:
+    """Measure what runs inside. Two synchronisations in all; nothing else is added to the work."""
+    cost = Cost()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = PhaseClock(device)
+    with _host_peak(cost):
+        try:
+            with clock.running():
+                yield cost
+        finally:
+            cost.phases = clock.seconds()
+            cost.peak_device_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None
+
+
+@contextmanager
+def _host_peak(cost: Cost) -> Iterator[None]:
+    """The peak of resident memory: the kernel's high-water mark where it can be reset, otherwise sampled and marked so."""
+    if _reset_high_water():
+        try:
+            yield
+        finally:
+            cost.peak_host_bytes = _high_water()
+        return
+    cost.host_peak_sampled = True
+    process, stop, peak = psutil.Process(), threading.Event(), [0]
+
+    def sample() -> None:
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss)
+            if stop.wait(SAMPLING_SECONDS):
+                return
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sampler.join()
+        cost.peak_host_bytes = peak[0]
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return _high_water() is not None
+
+
+def _high_water() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith("VmHWM:")]
+    return int(found[0].split()[1]) * 1024 if found else None

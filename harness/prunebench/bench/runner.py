@@ -1,0 +1,291 @@
+"""One run, in this process: load, prune step by step under the clock, audit each step, evaluate, and make the record."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from prunebench.bench import machine
+from prunebench.bench.measure import Cost, measured
+from prunebench.bench.plan import MASK_CHANGES, RunRequest, eval_facts
+from prunebench.bench.state import guarded
+from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
+from prunebench.options import option_values, parse_step
+from prunebench.plugins import Registry, load_registry
+from prunebench.results.records import (
+    AuditRecord,
+    Failure,
+    FailureKind,
+    MatrixAudit,
+    Provenance,
+    RunRecord,
+    ScoreRecord,
+    StepRecord,
+)
+from prunebench.spec import Changes, EvalJob, Job, JsonDict, Needs, Progress, Pruner
+from prunebench.targets import Target, parse_target
+from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
+from prunebench.toolkit.audit import Before, Finding, audit
+from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.loading import identify, load_model
+from prunebench.toolkit.placement import Resident, place_model
+from prunebench.toolkit.walk import evaluating
+
+
+@dataclass
+class Outcome:
+    """What a run has come to so far; a failure leaves what was reached before it."""
+
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: float = field(default_factory=time.perf_counter)
+    steps: list[StepRecord] = field(default_factory=list)
+    finding: Finding | None = None
+    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    current_step: str | None = None
+    anatomy: ModelAnatomy | None = None
+
+
+def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
+    """Do one run and make its record, whatever happens; only an interruption from the keyboard gets through."""
+    outcome = Outcome()
+    try:
+        with threads(request.threads):
+            model = prune(request, progress, outcome)
+            evaluate(request, model, progress, outcome)
+    except Refused as refusal:
+        return make_record(request, outcome, executor, refused=str(refusal))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
+        return make_record(request, outcome, executor, failure=classify(error, outcome.current_step))
+    return make_record(request, outcome, executor)
+
+
+def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrainedModel:
+    """Load the model and take every step of the spec.
+
+    Raises:
+        Refused: a step declines; asked of all before the first starts.
+        RunError: a step breaks the contract, or the result is not what the target says.
+    """
+    registry = load_registry()
+    steps = [parse_step(step.text) for step in request.spec.steps]
+    pruners = [registry.pruner(step) for step in steps]
+    target = parse_target(request.spec.target)
+    progress("load", 0, 1)
+    model = load_model(request.model, request.spec.model.dtype)
+    anatomy = outcome.anatomy = find_anatomy(model)
+    ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
+    placement = Resident(request.device)
+    place_model(model, [block.module for block in anatomy.blocks], placement)
+    dense = DenseWeights(anatomy, request.model.folder)
+    survivors_changed = False
+    for index, (spec, pruner) in enumerate(zip(request.spec.steps, pruners, strict=True)):
+        outcome.current_step = spec.text
+        progress(f"step {spec.text}", index, len(pruners))
+        notes: JsonDict = {}
+        job = _job(request, model, anatomy, target, pruner, placement, dense, progress, notes)
+        before = Before(anatomy, dense, survivors_changed)
+        cost = take_step(pruner, job, notes)
+        outcome.steps.append(_step_record(pruner, registry, cost, notes))
+        progress("audit", 0, 1)
+        before.check_masks(pruner.changes())
+        before.check_declared(pruner.changes())
+        outcome.finding = audit(anatomy, target, pruner.audit_group(), explained="extra_zeros" in notes)
+        survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)
+    outcome.current_step = None
+    return model
+
+
+def ask_all(pruners: list[Pruner], anatomy: ModelAnatomy, target: Target, steps: list[str]) -> None:
+    """Ask every step whether it takes the job, before the first starts.
+
+    Raises:
+        Refused: with the first reason given.
+    """
+    for index, pruner in enumerate(pruners):
+        facts = anatomy.facts(target, tuple(steps[:index]))
+        reason = (facts.misfit() if pruner.changes() & MASK_CHANGES else None) or pruner.refuses(facts)
+        if reason:
+            raise Refused(reason)
+
+
+def take_step(pruner: Pruner, job: Job, notes: JsonDict) -> Cost:
+    """Run one step under the clock, with the model in eval mode and the global state guarded."""
+    changed: list[str] = []
+    with guarded(changed), evaluating(job.model), measured(job.device) as cost:
+        pruner.prune(job)
+    if changed:
+        notes["global state left changed, and restored"] = ", ".join(changed)
+    return cost
+
+
+def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, outcome: Outcome) -> None:
+    """Run every evaluation of the spec on the pruned model."""
+    device = torch.device(request.device)
+    model.to(device)  # type: ignore[arg-type]
+    registry = load_registry()
+    facts = eval_facts(identify(request.model), Path(request.folder))
+    names = score_names([spec.text for spec in request.spec.evals])
+    for text, spec in zip(request.eval_texts, request.spec.evals, strict=True):
+        evaluation = registry.eval(parse_step(text))
+        progress(f"eval {text}", 0, 1)
+        started = time.perf_counter()
+        changed: list[str] = []
+        with guarded(changed), evaluating(model):
+            score = evaluation.measure(
+                EvalJob(
+                    model=model,
+                    facts=facts,
+                    conditions=spec.conditions,
+                    device=device,
+                    batch_size=request.batch_size,
+                    progress=progress,
+                )
+            )
+        outcome.scores[names[spec.text]] = ScoreRecord(
+            value=score.value,
+            unit=score.unit,
+            higher_is_better=score.higher_is_better,
+            seconds=round(time.perf_counter() - started, 3),
+            conditions=spec.conditions,
+            items={name: list(column) for name, column in score.items.items()},
+        )
+
+
+def make_record(
+    request: RunRequest,
+    outcome: Outcome,
+    executor: str,
+    refused: str | None = None,
+    failure: Failure | None = None,
+) -> RunRecord:
+    """The record of a run that ended as the arguments say."""
+    return RunRecord(
+        id=request.spec.id,
+        machine=request.machine,
+        spec=request.spec,
+        status="refused" if refused else "failed" if failure else "ok",
+        reason=machine.portable(refused or (failure.message if failure else "")) or None,
+        failure=failure,
+        steps=outcome.steps,
+        audit=_audit_record(outcome.finding) if outcome.finding else None,
+        scores=outcome.scores,
+        provenance=_provenance(request, outcome, executor),
+    )
+
+
+def classify(error: BaseException, step: str | None) -> Failure:
+    """Tell kinds of failure apart."""
+    kind: FailureKind = "error"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        kind = "oom"
+    elif isinstance(error, NonFiniteError):
+        kind = "nan"
+    elif isinstance(error, AuditError | ContractError):
+        kind = "audit"
+    message = machine.portable(str(error).strip()) or type(error).__name__
+    return Failure(kind=kind, type=type(error).__name__, message=message[:2000], step=step)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use so many threads for the time inside; 0 leaves the number alone."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def score_names(texts: list[str]) -> dict[str, str]:
+    """What scores are called in a record: the evaluation's name, with its options where several share the name."""
+    names = [parse_step(text).name for text in texts]
+    return {text: name if names.count(name) == 1 else text for text, name in zip(texts, names, strict=True)}
+
+
+def _job(
+    request: RunRequest,
+    model: PreTrainedModel,
+    anatomy: ModelAnatomy,
+    target: Target,
+    pruner: Pruner,
+    placement: Resident,
+    dense: DenseWeights,
+    progress: Progress,
+    notes: JsonDict,
+) -> Job:
+    needs = pruner.needs()
+    tokens = {f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in request.tokens.items()}
+    return Job(
+        model=model,
+        anatomy=anatomy,
+        target=target,
+        needs=needs,
+        # A method that does not declare to use the seed gets the same one whatever the run's.
+        seed=request.spec.seed or 0 if needs & (Needs.SEED | Needs.TRAINING) else 0,
+        placement=placement,
+        batch_size=request.batch_size,
+        masks=anatomy.masks.copy(),
+        dense=dense,
+        progress=progress,
+        note=notes.__setitem__,
+        **tokens,
+    )
+
+
+def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict) -> StepRecord:
+    entry = registry.pruners[pruner.name]
+    return StepRecord(
+        pruner=pruner.name,
+        options=option_values(pruner),
+        revision=pruner.revision,
+        distribution=entry.distribution,
+        version=entry.version,
+        phases={name: round(seconds, 6) for name, seconds in sorted(cost.phases.items())},
+        peak_device_bytes=cost.peak_device_bytes,
+        peak_host_bytes=cost.peak_host_bytes,
+        host_peak_sampled=cost.host_peak_sampled,
+        notes=notes,
+    )
+
+
+def _audit_record(finding: Finding) -> AuditRecord:
+    return AuditRecord(
+        removed=finding.removed,
+        zeros=finding.zeros,
+        extra_zeros=finding.extra,
+        sparsity_prunable=finding.zeros / finding.prunable_parameters,
+        sparsity_total=finding.zeros / finding.total_parameters,
+        coverage=finding.coverage,
+        matrices=[MatrixAudit(name=m.name, shape=m.shape, removed=m.removed, zeros=m.zeros) for m in finding.matrices],
+    )
+
+
+def _provenance(request: RunRequest, outcome: Outcome, executor: str) -> Provenance:
+    commit, dirty = machine.source_commit()
+    return Provenance(
+        suite=request.suite,
+        command=machine.portable(request.command),
+        commit=commit,
+        dirty=dirty,
+        packages=machine.package_versions(),
+        python=platform.python_version(),
+        platform=machine.platform_name(),
+        device=machine.device_name(request.device),
+        driver=machine.driver_version(),
+        threads=request.threads or torch.get_num_threads(),
+        batch_size=request.batch_size,
+        executor=executor,
+        shared_machine=False,
+        started=outcome.started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - outcome.clock, 3),
+    )

@@ -1,0 +1,73 @@
+"""Global state that a step must leave as it found it: random generators, grad mode, TF32, default dtype, threads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def capture() -> dict[str, Any]:
+    """The present state, by name."""
+    return {
+        "Python's random generator": random.getstate(),
+        "numpy's random generator": np.random.get_state(legacy=False),
+        "torch's random generator": torch.get_rng_state(),
+        "the device's random generator": _device_generator(),
+        "grad mode": torch.is_grad_enabled(),
+        "TF32 in products": torch.backends.cuda.matmul.allow_tf32,
+        "TF32 in cuDNN": torch.backends.cudnn.allow_tf32,
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "the default dtype": torch.get_default_dtype(),
+        "the number of threads": torch.get_num_threads(),
+    }
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Put a captured state back."""
+    random.setstate(state["Python's random generator"])
+    np.random.set_state(state["numpy's random generator"])
+    torch.set_rng_state(state["torch's random generator"])
+    if state["the device's random generator"] is not None:
+        torch.cuda.set_rng_state(state["the device's random generator"])
+    torch.set_grad_enabled(state["grad mode"])
+    torch.backends.cuda.matmul.allow_tf32 = state["TF32 in products"]
+    torch.backends.cudnn.allow_tf32 = state["TF32 in cuDNN"]
+    torch.use_deterministic_algorithms(state["deterministic algorithms"])
+    torch.set_default_dtype(state["the default dtype"])
+    if torch.get_num_threads() != state["the number of threads"]:
+        torch.set_num_threads(state["the number of threads"])
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of what differs."""
+    return [name for name, value in before.items() if not _same(value, after[name])]
+
+
+@contextmanager
+def guarded(changed: list[str]) -> Iterator[None]:
+    """Restore the state afterwards, and add to `changed` the names of what was left changed."""
+    before = capture()
+    try:
+        yield
+    finally:
+        changed += differences(before, capture())
+        restore(before)
+
+
+def _device_generator() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)

@@ -1,0 +1,181 @@
+"""Suites: what to run, as a TOML file. A suite is data; nothing in it is executed or expanded."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import prunebench
+from prunebench.errors import RequestError, UnknownNameError
+
+MAX_SUITE_BYTES = 1 << 20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class SuiteHead(_Section):
+    """Name and version: what a board says its rows come from."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")]
+    version: Annotated[int, Field(ge=1)] = 1
+
+
+class ModelEntry(_Section):
+    """A model: a folder relative to the suite, or a pinned revision on the Hub."""
+
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16|float64)$")] | None = None
+    allow: tuple[Annotated[str, Field(pattern="^(pickle|remote-code)$")], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelEntry:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("name the model by path or by hub, one of them")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("a hub model needs its revision, a commit")
+        return self
+
+    @property
+    def name(self) -> str:
+        """As written."""
+        return self.path or self.hub or ""
+
+
+class Calibration(_Section):
+    """Calibration text, sampled as `methods.md` 1.2 says."""
+
+    source: str
+    samples: Annotated[int, Field(ge=1)] = 128
+    length: Annotated[int, Field(ge=2)] = 2048
+
+
+class Training(_Section):
+    """Training text, for steps that train: packed windows of the calibration length."""
+
+    source: str
+    tokens: Annotated[int, Field(ge=1)]
+
+
+class Validation(_Section):
+    """Validation text, for choosing options. Evaluation text is never used for that."""
+
+    source: str
+
+
+class MethodEntry(_Section):
+    """A method: its steps, and targets where they differ from the grid's."""
+
+    steps: Annotated[tuple[str, ...], Field(min_length=1)]
+    targets: tuple[str, ...] | None = None
+
+
+class EvalEntry(_Section):
+    """An evaluation with its options."""
+
+    use: str
+
+
+class Grid(_Section):
+    """What every method is run at."""
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+
+
+class Limits(_Section):
+    """Resources of a run."""
+
+    threads: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+
+class Suite(_Section):
+    """A suite, and the folder its relative names start in."""
+
+    suite: SuiteHead
+    model: Annotated[tuple[ModelEntry, ...], Field(min_length=1)]
+    calibration: Calibration | None = None
+    training: Training | None = None
+    validation: Validation | None = None
+    method: Annotated[tuple[MethodEntry, ...], Field(min_length=1)]
+    eval: tuple[EvalEntry, ...] = ()
+    grid: Grid
+    limits: Limits = Limits()
+    folder: Path = Path()
+
+
+def suites_folder() -> Path:
+    """Where the shipped suites are: in the wheel beside the package, in a clone at the top."""
+    package = Path(prunebench.__file__).parent
+    shipped = package / "benchmarks"
+    return shipped if shipped.is_dir() else package.parents[1] / "benchmarks"
+
+
+def shipped_suites() -> dict[str, Path]:
+    """The shipped suites by name."""
+    return {path.stem: path for path in sorted(suites_folder().glob("*.toml"))}
+
+
+def load_suite(name: str) -> Suite:
+    """Read a suite by path or shipped name.
+
+    Raises:
+        UnknownNameError: no such suite, or a key that suites do not have.
+        RequestError: the file cannot be read, or a value does not fit.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        if name not in shipped_suites():
+            raise UnknownNameError.among("suite", name, shipped_suites())
+        path = shipped_suites()[name]
+    try:
+        if path.stat().st_size > MAX_SUITE_BYTES:
+            raise RequestError(f"the suite {path.name} is larger than {MAX_SUITE_BYTES >> 20} MiB, which no suite is.")
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RequestError(f"the suite {path.name} cannot be read as TOML: {error}") from None
+    if "folder" in data:
+        raise UnknownNameError.among("suite key", "folder", _keys(()))
+    if not data.get("eval"):
+        raise RequestError(f"the suite {path.name} lacks [[eval]]: there is nothing to measure.")
+    try:
+        return Suite.model_validate({**data, "folder": path.resolve().parent})
+    except ValidationError as error:
+        raise _explain(path.name, error) from None
+
+
+def _explain(name: str, error: ValidationError) -> RequestError:
+    """The first thing that is wrong with a suite, as a sentence."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    where = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        near = UnknownNameError.among("key", place[-1], _keys(tuple(p for p in place[:-1] if not p.isdigit())))
+        return UnknownNameError(f"the suite {name}, at {where}: {near}")
+    if first["type"] == "missing":
+        return RequestError(f"the suite {name} lacks {where}.")
+    message = first["msg"].removeprefix("Value error, ")
+    return RequestError(f"the suite {name}, at {where}: {message[:1].lower()}{message[1:]}.")
+
+
+def _keys(place: tuple[str, ...]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {
+        "suite": SuiteHead,
+        "model": ModelEntry,
+        "calibration": Calibration,
+        "training": Training,
+        "validation": Validation,
+        "method": MethodEntry,
+        "eval": EvalEntry,
+        "grid": Grid,
+        "limits": Limits,
+    }
+    return list(sections[place[0]].model_fields) if place and place[0] in sections else list(sections)

@@ -1,0 +1,1 @@
+"""What is kept of runs, and what is made of it. Imports neither torch nor transformers."""

@@ -1,0 +1,247 @@
+"""Run specs and run records: typed data with canonical JSON.
+
+A spec says what a run is; its id hashes content (weights, tokens, options that differ from their defaults, revisions) and
+never a path. A record says what came out, keeps the raw answers, and carries a checksum of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+SCHEMA = 1
+"""The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""
+
+Status = Literal["ok", "refused", "failed"]
+FailureKind = Literal["error", "oom", "timeout", "killed", "nan", "audit"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(_Frozen):
+    """Which model, by content."""
+
+    name: str = Field(description="what it is called on the board; not part of the id")
+    weights: str = Field(description="hash of the weight files and the configuration")
+    tokenizer: str = Field(description="hash of the tokenizer's files")
+    dtype: str
+    source: str = Field(description="hub name and revision, or `local`; not part of the id")
+
+
+class StepSpec(_Frozen):
+    """A pruner and its options."""
+
+    text: str = Field(description="name[option=value,...], only options that differ from their defaults")
+    revision: int = Field(description="of the pruner")
+
+
+class TextSpec(_Frozen):
+    """A text that was used for pruning or training."""
+
+    name: str
+    config: str
+    split: str
+    origin: str = Field(description="`hub`, `mirror` (perhaps an excerpt) or `file`")
+    content: str = Field(description="hash of the text's rows, or of the token file")
+    complete: bool = Field(description="False where the source may be an excerpt of what the name stands for")
+
+    def label(self) -> str:
+        """As the board prints it."""
+        where = ", ".join(part for part in (self.config, self.split) if part)
+        named = f"{self.name} ({where})" if where else self.name
+        return named if self.complete else f"{named} (excerpt)"
+
+
+class Recipe(_Frozen):
+    """What a pruning was given besides the weights. Two rows are ranked together only when recipes agree."""
+
+    calibration: TextSpec | None = None
+    sampler: str | None = None
+    samples: int | None = None
+    length: int | None = Field(default=None, description="tokens a sequence")
+    training: TextSpec | None = None
+    training_tokens: int | None = None
+
+
+class EvalSpec(_Frozen):
+    """An evaluation and the conditions it measures under."""
+
+    text: str
+    revision: int
+    conditions: dict[str, JsonValue]
+
+
+class RunSpec(_Frozen):
+    """One run: a model, steps, a target, a seed, and what is measured."""
+
+    model: ModelSpec
+    steps: tuple[StepSpec, ...]
+    target: str
+    seed: int | None = Field(description="None where the method uses neither data nor randomness")
+    recipe: Recipe
+    calibration_tokens: str | None = Field(default=None, description="hash of the calibration token array")
+    training_tokens: str | None = Field(default=None, description="hash of the training token array")
+    validation_tokens: str | None = Field(default=None, description="hash of the validation token array")
+    evals: tuple[EvalSpec, ...]
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits over content and revisions; names, sources and spellings of evaluations are left out."""
+        data = self.model_dump(mode="json", exclude={"model": {"name", "source"}, "evals": {"__all__": {"text"}}})
+        return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:12]
+
+    @property
+    def method(self) -> str:
+        """The steps as one line."""
+        return " + ".join(step.text for step in self.steps)
+
+    @property
+    def file_stem(self) -> str:
+        """`<method>-<target>-<id>`, of `[a-z0-9.+-]`."""
+        return f"{slug(self.method)[:60]}-{slug(self.target.replace(':', 'of'))}-{self.id}"
+
+
+class StepRecord(_Frozen):
+    """What one step did and cost."""
+
+    pruner: str
+    options: dict[str, JsonValue]
+    revision: int
+    distribution: str
+    version: str
+    phases: dict[str, float] = Field(description="seconds by phase; they add up to the step")
+    peak_device_bytes: int | None = Field(description="peak allocated on the accelerator during the step; None on CPU")
+    peak_host_bytes: int | None = Field(description="peak resident memory of the process during the step")
+    host_peak_sampled: bool = Field(description="the host peak was sampled, so a short one may be missing")
+    reused: list[str] = Field(default_factory=list, description="artefacts taken from earlier runs")
+    notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return sum(self.phases.values())
+
+
+class MatrixAudit(_Frozen):
+    """What was found in one matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    removed: int
+    zeros: int
+
+
+class AuditRecord(_Frozen):
+    """What was found in the pruned model."""
+
+    removed: int = Field(description="entries the masks remove")
+    zeros: int = Field(description="exact zeros in prunable matrices")
+    extra_zeros: int = Field(description="zeros among the survivors")
+    sparsity_prunable: float = Field(description="zeros over prunable weights")
+    sparsity_total: float = Field(description="zeros in prunable matrices over all parameters")
+    coverage: float = Field(description="share of the blocks' parameters that are in matrices the method pruned")
+    matrices: list[MatrixAudit]
+
+
+class ScoreRecord(_Frozen):
+    """One evaluation's value with its conditions and raw answers."""
+
+    value: float
+    unit: str
+    higher_is_better: bool
+    seconds: float
+    conditions: dict[str, JsonValue]
+    items: dict[str, list[float | int | str]]
+
+
+class Provenance(_Frozen):
+    """How the record came to be."""
+
+    suite: str | None = Field(description="name of the suite, for the command that reproduces a table")
+    command: str
+    commit: str | None
+    dirty: bool | None = Field(description="whether the working tree had changes")
+    packages: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    driver: str | None
+    threads: int
+    batch_size: int
+    executor: str
+    shared_machine: bool = Field(description="other runs of prunebench ran beside it, so costs are not ranked")
+    started: str = Field(description="UTC, ISO 8601")
+    seconds: float = Field(description="the whole run, with loading and evaluation")
+
+
+class Failure(_Frozen):
+    """Why a run failed."""
+
+    kind: FailureKind
+    type: str
+    message: str
+    step: str | None
+
+
+class RunRecord(_Frozen):
+    """One run and what came out."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    id: str
+    machine: str
+    spec: RunSpec
+    status: Status
+    reason: str | None = None
+    failure: Failure | None = None
+    steps: list[StepRecord] = Field(default_factory=list)
+    audit: AuditRecord | None = None
+    scores: dict[str, ScoreRecord] = Field(default_factory=dict)
+    extra_parameters: int = 0
+    provenance: Provenance
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+    @property
+    def prune_seconds(self) -> float:
+        """All steps."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The highest peak of any step: on the accelerator where there is one, otherwise of the process."""
+        device = [step.peak_device_bytes for step in self.steps if step.peak_device_bytes is not None]
+        host = [step.peak_host_bytes for step in self.steps if step.peak_host_bytes is not None]
+        return max(device or host, default=None)
+
+    def to_json(self) -> str:
+        """Readable JSON with the checksum at its end."""
+        data = self.model_dump(mode="json", by_alias=True)
+        data["checksum"] = checksum(data)
+        return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def canonical_json(data: Any) -> str:
+    """One spelling for equal data: sorted keys, no spaces."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def checksum(data: dict[str, Any]) -> str:
+    """SHA-256 of a record's canonical JSON without its checksum."""
+    return hashlib.sha256(canonical_json({k: v for k, v in data.items() if k != "checksum"}).encode()).hexdigest()
+
+
+def fingerprint(data: BaseModel | dict[str, Any]) -> str:
+    """Eight hex digits of conditions or of a recipe."""
+    plain = data.model_dump(mode="json") if isinstance(data, BaseModel) else data
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:8]
+
+
+def slug(text: str) -> str:
+    """A file name of `[a-z0-9.+-]` that cannot leave its folder."""
+    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-.") or "x"

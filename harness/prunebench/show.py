@@ -1,0 +1,97 @@
+"""What the commands print: boards, records and listings on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prunebench.results import leaderboard
+from prunebench.results.leaderboard import Board
+from prunebench.results.records import RunRecord
+
+
+def print_listing(listing: Mapping[str, Any], console: Console) -> None:
+    """Pruners and evaluations with their options, suites, and plugins that failed to load."""
+    for kind in ("pruners", "evals"):
+        console.print(f"[bold]{kind}[/]")
+        for name, entry in listing[kind].items():
+            origin = f"{entry['distribution']} {entry['version']}"
+            console.print(f"  [bold]{name}[/]  {escape(entry['summary'])}  [dim]{escape(origin)}[/]")
+            for fact in entry["options"]:
+                about = f"{fact['type']}; {fact['doc']}"
+                console.print(f"      {escape(fact['name'])} = {escape(fact['default'])}  [dim]{escape(about)}[/]")
+    console.print(f"[bold]suites[/]\n  {', '.join(listing['suites'])}")
+    if listing["broken"]:
+        console.print("[bold red]plugins that cannot be used[/]")
+    for item in listing["broken"]:
+        console.print(f"  {escape(item['plugin'])} ({escape(item['distribution'])}): {escape(item['reason'])}")
+
+
+def print_board(board: Board, console: Console) -> None:
+    """Every table of a board."""
+    if not board.sections:
+        console.print("There are no results yet.")
+    for section in board.sections:
+        console.print(f"\n[bold]{escape(leaderboard.section_title(section))}[/]")
+        for note in leaderboard.section_notes(section):
+            console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
+        for table in section.tables:
+            grid = Table(title=escape(leaderboard.target_title(table.target)), title_justify="left", title_style="bold")
+            for index, heading in enumerate(leaderboard.columns(section)):
+                grid.add_column(heading, justify="right" if index else "left", no_wrap=True)
+            for row in table.rows:
+                grid.add_row(*(escape(cell) for cell in leaderboard.cells(row)), style="dim" if row.method == "dense" else "")
+            console.print(grid)
+    for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
+        for record in records:
+            console.print(f"{title}: {escape(leaderboard.describe(record))}: {escape(record.reason or '')}", highlight=False)
+
+
+def print_record(record: RunRecord, path: str, console: Console) -> None:
+    """One record, readable."""
+    spec = record.spec
+    console.print(f"[bold]{escape(leaderboard.describe(record))}[/]")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column()
+
+    def fact(name: str, value: str) -> None:
+        facts.add_row(name, escape(value))
+
+    fact("file", path)
+    fact("status", record.status + (f": {record.reason}" if record.reason else ""))
+    fact("model", f"{spec.model.name} ({spec.model.source}, weights {spec.model.weights}, {spec.model.dtype})")
+    if spec.recipe.calibration is not None:
+        fact("calibration", f"{spec.recipe.samples} x {spec.recipe.length} of {spec.recipe.calibration.label()}")
+    for step in record.steps:
+        options = ", ".join(f"{name}={value}" for name, value in step.options.items()) or "no options"
+        fact("step", f"{step.pruner} revision {step.revision} ({step.distribution} {step.version}): {options}")
+        fact("  seconds", ", ".join(f"{name} {seconds:.3f}" for name, seconds in step.phases.items()))
+        fact(
+            "  peak memory", _memory(step.peak_host_bytes, "of the process") + _memory(step.peak_device_bytes, "on the device")
+        )
+        for name, note in step.notes.items():
+            fact("  note", f"{name}: {note}")
+    if record.audit is not None:
+        audit = record.audit
+        fact("zeros", f"{audit.sparsity_prunable:.4%} of prunable weights, {audit.sparsity_total:.4%} of all parameters")
+        fact("extra zeros", str(audit.extra_zeros))
+        fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
+    for name, score in record.scores.items():
+        fact(name, f"{score.value:.6g} ({score.seconds:.1f} s)")
+        fact("  conditions", ", ".join(f"{key}={value}" for key, value in score.conditions.items()))
+    made = record.provenance
+    fact("made by", made.command)
+    fact("at", f"{made.started}, {made.seconds:.1f} s, {made.executor}, {made.threads} threads, batches of {made.batch_size}")
+    fact("on", f"{made.device}, {made.platform}, Python {made.python}")
+    fact("with", ", ".join(f"{name} {version}" for name, version in made.packages.items()))
+    fact("commit", f"{made.commit or 'not from a clone'}{' with changes' if made.dirty else ''}")
+    console.print(facts)
+
+
+def _memory(count: int | None, where: str) -> str:
+    return "" if count is None else f"{count / 2**20:.0f} MiB {where}"

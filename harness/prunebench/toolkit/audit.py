@@ -1,0 +1,242 @@
+"""Did a step do what it said: counts, pattern, coverage, and untouched parts bit for bit.
+
+The reference for "untouched" is taken before each step: fingerprints of everything outside the prunable matrices, and for
+the matrices the dense weights under the masks left by earlier steps, or a copy where an earlier step changed survivors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from prunebench.errors import AuditError, ContractError, NonFiniteError
+from prunebench.spec import Changes
+from prunebench.targets import NM, Dense, Target, Unstructured
+from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy
+from prunebench.toolkit.dense import DenseWeights
+
+EXTRA_ZEROS = 0.001
+"""The share of a matrix that may be zero beyond what the mask removes, unless the method noted why (`extra_zeros`)."""
+
+
+@dataclass(frozen=True)
+class MatrixFinding:
+    """Counts of one matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    removed: int
+    zeros: int
+    extra: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an audit found."""
+
+    matrices: tuple[MatrixFinding, ...]
+    prunable_parameters: int
+    block_parameters: int
+    total_parameters: int
+
+    @property
+    def removed(self) -> int:
+        """Entries the masks remove."""
+        return sum(matrix.removed for matrix in self.matrices)
+
+    @property
+    def zeros(self) -> int:
+        """Exact zeros in prunable matrices."""
+        return sum(matrix.zeros for matrix in self.matrices)
+
+    @property
+    def extra(self) -> int:
+        """Zeros among the survivors."""
+        return sum(matrix.extra for matrix in self.matrices)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the blocks' parameters that are in matrices from which something was removed."""
+        pruned = sum(m.shape[0] * m.shape[1] for m in self.matrices if m.removed)
+        return pruned / self.block_parameters
+
+
+class Before:
+    """What a step found, to compare with what it leaves."""
+
+    def __init__(self, anatomy: ModelAnatomy, dense: DenseWeights, survivors_changed: bool) -> None:
+        """`survivors_changed`: an earlier step changed survivors, so the dense weights no longer tell."""
+        self._anatomy, self._dense = anatomy, dense
+        self.masks = anatomy.masks.copy()
+        self._tied = anatomy.tied()
+        self._prints = _fingerprints(anatomy)
+        self._copies = {m.name: m.weight.to("cpu", copy=True) for m in anatomy.matrices} if survivors_changed else {}
+
+    def weight(self, matrix: LinearMatrix) -> torch.Tensor:
+        """A matrix as the step found it, [outputs, inputs]."""
+        if matrix.name in self._copies:
+            return self._copies[matrix.name].to(matrix.weight.device)
+        weight = self._dense.weight(matrix)
+        mask = self.masks.get(matrix.name)
+        return weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
+
+    def check_declared(self, changes: Changes) -> None:
+        """Compare the model with what the step declared to change.
+
+        Raises:
+            ContractError: something undeclared is not bit-identical.
+        """
+        if self._anatomy.tied() != self._tied:
+            raise ContractError("the step untied parameters that shared one tensor, or tied others.")
+        now = _fingerprints(self._anatomy)
+        for name in sorted(self._prints.keys() | now.keys()):
+            if self._prints.get(name) != now.get(name) and not changes & _kind_of(name, self._anatomy):
+                raise ContractError(f"the step changed {name}, which it does not declare.")
+        if not changes & Changes.KEPT_WEIGHTS:
+            for matrix in self._anatomy.matrices:
+                self._check_survivors(matrix)
+
+    def check_masks(self, changes: Changes) -> None:
+        """Compare the masks with those of earlier steps.
+
+        Raises:
+            ContractError: the step changed masks, or revived entries, without declaring it.
+        """
+        if changes & Changes.MASK_MOVES:
+            return
+        for name, mask in self._anatomy.masks.items():
+            old = self.masks.get(name)
+            if old is None and not changes & Changes.MASK_GROWS:
+                raise ContractError(f"the step masked {name}, and does not declare to change masks.")
+            if old is not None and bool((mask & ~old).any()):
+                raise ContractError(
+                    f"the step revived {int((mask & ~old).sum())} entries of {name}, which it does not declare."
+                )
+            if old is not None and not changes & Changes.MASK_GROWS and not torch.equal(mask, old):
+                raise ContractError(f"the step changed the mask of {name}, and does not declare to change masks.")
+
+    def _check_survivors(self, matrix: LinearMatrix) -> None:
+        mask = self._anatomy.masks.get(matrix.name)
+        now, was = _bits(matrix.weight), _bits(self.weight(matrix))
+        differs = now != was
+        if mask is not None:
+            differs &= mask.to(differs.device)
+        if bool(differs.any()):
+            raise ContractError(
+                f"the step changed {int(differs.sum())} surviving entries of {matrix.name}, and does not declare KEPT_WEIGHTS."
+            )
+
+
+def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = False) -> Finding:
+    """Count, and compare with the target.
+
+    Args:
+        anatomy: the pruned model.
+        target: what was asked for.
+        group: in which comparison group unstructured counts are exact: `row`, `matrix` or `model`.
+        explained: whether the method noted why there are extra zeros.
+
+    Raises:
+        AuditError: the target is not met; names the matrix that fails.
+        NonFiniteError: a matrix holds NaN or infinity.
+    """
+    findings = tuple(_examine(matrix, anatomy.masks, target, group) for matrix in anatomy.matrices)
+    if group == "model" and isinstance(target, Unstructured):
+        total, wanted = sum(f.removed for f in findings), target.removed(anatomy.prunable_parameters)
+        if total != wanted:
+            raise AuditError(f"{total} entries of the model are removed; {target} of all of them are {wanted}.")
+    for finding in findings:
+        size = finding.shape[0] * finding.shape[1]
+        if not explained and not isinstance(target, Dense) and finding.extra > EXTRA_ZEROS * size:
+            raise AuditError(
+                f"{finding.name} has {finding.extra} zeros beyond the {finding.removed} its mask removes, more than "
+                f"{EXTRA_ZEROS:.1%} of the matrix, and the method did not note why (note 'extra_zeros')."
+            )
+    return Finding(findings, anatomy.prunable_parameters, anatomy.block_parameters, anatomy.total_parameters)
+
+
+def _examine(matrix: LinearMatrix, masks: Mapping[str, torch.Tensor], target: Target, group: str) -> MatrixFinding:
+    weight = matrix.weight
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(f"{matrix.name} holds {int((~torch.isfinite(weight)).sum())} entries that are NaN or infinite.")
+    is_zero = weight == 0
+    zeros = int(is_zero.sum())
+    mask = masks.get(matrix.name)
+    if mask is None:
+        if target.sparsity > 0:
+            raise AuditError(f"{matrix.name} has no keep mask: the method did not prune it, or wrote zeros without `keep`.")
+        return MatrixFinding(matrix.name, matrix.shape, 0, zeros, zeros)
+    gone = ~mask.to(weight.device)
+    if bool((gone & ~is_zero).any()):
+        left = int((gone & ~is_zero).sum())
+        raise AuditError(f"{left} entries of {matrix.name} that its mask removes are not zero in the weights.")
+    removed = int(gone.sum())
+    _check_counts(matrix, gone, removed, target, group)
+    return MatrixFinding(matrix.name, matrix.shape, removed, zeros, zeros - removed)
+
+
+def _check_counts(matrix: LinearMatrix, gone: torch.Tensor, removed: int, target: Target, group: str) -> None:
+    rows, columns = matrix.shape
+    if isinstance(target, NM):
+        kept = target.of - gone.view(rows, columns // target.of, target.of).sum(dim=-1)
+        if int(kept.max()) > target.keep:
+            bad = int((kept > target.keep).sum())
+            raise AuditError(f"{bad} groups of {matrix.name} keep more than {target.keep} of {target.of} weights.")
+    elif isinstance(target, Dense):
+        if removed:
+            raise AuditError(f"{removed} entries of {matrix.name} are removed, and the target is dense.")
+    elif group == "row":
+        wanted, counts = target.removed(columns), gone.sum(dim=1)
+        wrong = int((counts != wanted).sum())
+        if wrong:
+            example = int(counts[(counts != wanted).nonzero()[0, 0]])
+            raise AuditError(
+                f"{wrong} of the {rows} rows of {matrix.name} do not have exactly {wanted} of {columns} entries removed "
+                f"(one has {example}); a method that compares over another group says so in `audit_group`."
+            )
+    elif group == "matrix":
+        wanted = target.removed(rows * columns)
+        if removed != wanted:
+            raise AuditError(f"{removed} entries of {matrix.name} are removed; {target} of {rows * columns} are {wanted}.")
+    elif group != "model":
+        raise AuditError(f"the comparison group {group!r} is none of row, matrix and model.")
+
+
+def _fingerprints(anatomy: ModelAnatomy) -> dict[str, bytes]:
+    """A hash of every parameter and buffer outside the prunable matrices, with its dtype and shape."""
+    matrices = {id(matrix.parameter) for matrix in anatomy.matrices}
+    tensors = [*anatomy.model.named_parameters(), *anatomy.model.named_buffers()]
+    found = {}
+    for name, tensor in tensors:
+        described = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+        content = b"" if id(tensor) in matrices else _raw(tensor)
+        found[name] = hashlib.blake2b(described + content, digest_size=16).digest()
+    return found
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers with the bits of a float tensor, so that -0.0 is not 0.0."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(whole)
+
+
+def _kind_of(name: str, anatomy: ModelAnatomy) -> Changes:
+    """Which declaration covers a parameter outside the prunable matrices."""
+    owner, _, leaf = name.rpartition(".")
+    module = anatomy.model.get_submodule(owner) if owner else anatomy.model
+    head = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    kind = Changes.NOTHING
+    if leaf == "bias":
+        kind |= Changes.BIASES
+    if "norm" in type(module).__name__.lower():
+        kind |= Changes.NORMS
+    if head is not None and module is head:
+        kind |= Changes.HEAD
+    return kind

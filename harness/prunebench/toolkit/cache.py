@@ -1,0 +1,87 @@
+"""Files that can always be made again, kept by content: hashes of large files, token arrays.
+
+The folder is `$PRUNEBENCH_CACHE`, or the user's cache folder. Writing is atomic, reading never trusts a half-written file, and
+a cache that cannot be written is merely slower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def cache_folder() -> Path:
+    """Where cached files live."""
+    return Path(os.environ.get("PRUNEBENCH_CACHE") or platformdirs.user_cache_dir("prunebench"))
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """Sixteen hex digits of the SHA-256 of parts, each prefixed by its length so that they cannot run together."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()[:16]
+
+
+def digest_array(array: np.ndarray[Any, Any]) -> str:
+    """The digest of an integer array: its shape and its values as int64."""
+    whole = np.ascontiguousarray(array, dtype=np.int64)
+    return digest([json.dumps(whole.shape), whole.tobytes()])
+
+
+def digest_file(path: Path) -> str:
+    """The digest of a file's bytes; remembered by path, size and modification time."""
+    stat = path.stat()
+    key = digest([str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
+    note = cache_folder() / "hashes" / key
+    try:
+        return note.read_text(encoding="ascii")
+    except OSError:
+        pass  # not remembered yet
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            state.update(chunk)
+    found = state.hexdigest()[:16]
+    _write(note, found.encode("ascii"))
+    return found
+
+
+def load_arrays(kind: str, key: str) -> Arrays | None:
+    """Arrays kept under a key, or None."""
+    path = cache_folder() / kind / f"{key}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None  # absent, or cut short: made again
+
+
+def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Keep arrays under a key."""
+    with tempfile.SpooledTemporaryFile() as file:
+        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        file.seek(0)
+        _write(cache_folder() / kind / f"{key}.npz", file.read())
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(path)
+    except OSError:
+        return  # a read-only or full disk: the work is done again next time

@@ -1,0 +1,219 @@
+"""Find, check, identify and load a model: a folder, a name in the mirror, or a pinned revision on the Hub.
+
+Safetensors only. Pickle weights and code that comes with a model are refused unless the user allows them for that model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from prunebench.errors import ModelError
+from prunebench.toolkit.cache import digest, digest_file
+from prunebench.toolkit.calibration import Vocabulary
+
+Allowed = frozenset[str]
+"""What the user allows for a model by name: `pickle`, `remote-code`."""
+
+ALLOWABLE = ("pickle", "remote-code")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder, what it is called, and how a record names where it came from."""
+
+    folder: Path
+    name: str
+    source: str
+    allowed: Allowed = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """A model by content, known before its weights are loaded."""
+
+    weights: str
+    tokenizer_hash: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    attention: str
+    """The attention kernel that transformers will use."""
+
+    def vocabulary(self) -> Vocabulary:
+        """For making and checking tokens."""
+        size = int(self.config.get_text_config().vocab_size)
+        return Vocabulary(self.tokenizer, self.tokenizer_hash, size)
+
+
+def resolve_model(name: str, folders: list[Path], revision: str | None = None, allowed: Allowed = frozenset()) -> ModelSource:
+    """Find a model by a folder's path, a name in `folders` or in the mirror, or a name on the Hub.
+
+    Args:
+        name: a folder, or `owner/name`.
+        folders: where relative names are looked for, in order.
+        revision: a commit on the Hub; needed for a Hub model, so that the same name stays the same weights.
+
+    Raises:
+        ModelError: nothing is there.
+    """
+    looked = []
+    for folder in [*folders, *_mirror_models()]:
+        for spelling in dict.fromkeys((name, name.rsplit("/", 1)[-1])) if folder in _mirror_models() else (name,):
+            candidate = folder / Path(spelling).expanduser()
+            looked.append(candidate)
+            if (candidate / "config.json").is_file():
+                source = f"mirror:{name}" if folder in _mirror_models() else "local"
+                return ModelSource(candidate.resolve(), candidate.resolve().name, source, allowed)
+            if candidate.is_dir() and not any(candidate.glob("*/config.json")) and "/" in name:
+                raise ModelError(f"{name} is a folder without a config.json, so it holds no model.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _mirror_models():
+        return _from_hub(name, revision, allowed)
+    where = "the mirror and " if _mirror_models() else ""
+    raise ModelError(f"there is no model {name!r}: no folder of that name holds a config.json (looked in {where}{folders[0]}).")
+
+
+def identify(source: ModelSource) -> ModelIdentity:
+    """Read what can be known of a model without loading its weights, and check that it may be loaded.
+
+    Raises:
+        ModelError: the folder is unreadable, or holds what is not allowed.
+    """
+    folder = source.folder
+    weights = _weight_files(source)
+    if _wants_code(folder) and "remote-code" not in source.allowed:
+        raise ModelError(
+            f"{source.name} wants to run code that comes with it; allow it by name (--allow remote-code) if you trust it."
+        )
+    trust = "remote-code" in source.allowed
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+            has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES[:3])
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) if has_tokenizer else None
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
+    settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
+    return ModelIdentity(
+        weights=digest([settings, *(digest_file(path) for path in weights)]),
+        tokenizer_hash=digest(digest_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()),
+        config=config,
+        tokenizer=tokenizer,
+        attention=str(shell.config._attn_implementation),
+    )
+
+
+def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """Load a model in eval mode on the host, in `dtype`.
+
+    Raises:
+        ModelError: the weights cannot be read, or do not fill the model.
+    """
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=DTYPES[dtype],
+                use_safetensors="pickle" not in source.allowed,
+                trust_remote_code="remote-code" in source.allowed,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a cut or foreign file raises one of many kinds, down to safetensors' own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the weights of {source.name} cannot be loaded: {reason}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"the weights of {source.name} lack {len(missing)} parameters, the first is {missing[0]}.")
+    model.train(False)
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the warnings and progress bars of transformers."""
+    level = transformers_logging.get_verbosity()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _mirror_models() -> list[Path]:
+    mirror = os.environ.get("PRUNEBENCH_MIRROR")
+    return [Path(mirror) / "models"] if mirror else []
+
+
+def _from_hub(name: str, revision: str | None, allowed: Allowed) -> ModelSource:
+    from huggingface_hub import snapshot_download
+
+    if revision is None:
+        raise ModelError(f"the Hub model {name} needs a revision (a commit), so that the name stays the same weights.")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
+    patterns += ["*.bin"] if "pickle" in allowed else []
+    patterns += ["*.py"] if "remote-code" in allowed else []
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except Exception as error:  # noqa: BLE001 - the hub's client raises dozens of kinds, all of which mean: not to be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the model {name} at {revision} cannot be had from the Hub: {reason}") from None
+    return ModelSource(Path(folder), name.rsplit("/", 1)[-1], f"{name}@{revision}", allowed)
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    weights = sorted(source.folder.glob("*.safetensors"))
+    if weights:
+        return weights
+    pickles = sorted([*source.folder.glob("*.bin"), *source.folder.glob("*.pt"), *source.folder.glob("*.pth")])
+    if pickles and "pickle" in source.allowed:
+        return pickles
+    if pickles:
+        raise ModelError(
+            f"{source.name} has only pickled weights ({pickles[0].name}), which can run any code; convert them to "
+            "safetensors, or allow them by name (--allow pickle) if you trust it."
+        )
+    raise ModelError(f"the folder of {source.name} holds no .safetensors file.")
+
+
+def _wants_code(folder: Path) -> bool:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder.name}/config.json cannot be read: {error}.") from None
+    return "auto_map" in found
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is computed; where and by which version it was written, and the dtype stored, do not."""
+    left_out = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    return {key: value for key, value in config.items() if key not in left_out}

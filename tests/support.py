@@ -29,6 +29,7 @@ from transformers import (
 
 from prunebench.spec import Job, Needs, Placement
 from prunebench.targets import Target, Unstructured
+from prunebench.toolkit import Block, walk
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.placement import Resident
@@ -160,14 +161,14 @@ def make_job(
 
 
 def masks_of(job: Job) -> dict[str, torch.Tensor]:
-    """The keep masks that the step has laid over the model."""
-    return dict(find_masks(job))
+    """The keep masks that the step has laid over the model, by matrix name."""
+    return dict(job.anatomy.masks)  # type: ignore[attr-defined]
 
 
-def find_masks(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and keep mask of every matrix that has one."""
-    for name in job.anatomy.masks:  # type: ignore[attr-defined]
-        yield name, job.anatomy.masks[name]  # type: ignore[attr-defined]
+def visit_all(job: Job, visit: Callable[[Block], object]) -> None:
+    """Walk to the end, or until a visit raises."""
+    for block in walk(job):
+        visit(block)
 
 
 def fingerprint(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,13 +7,26 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import DEPTH, FAMILIES, LENGTH, PlainModel, make_job, masks_of, same_bits, tiny, tokens_of
+from support import (
+    DEPTH,
+    FAMILIES,
+    LENGTH,
+    PlainModel,
+    changed,
+    fingerprint,
+    make_job,
+    masks_of,
+    same_bits,
+    tiny,
+    tokens_of,
+    visit_all,
+)
 from torch import nn
 
 from prunebench.errors import Refused
 from prunebench.spec import Job
 from prunebench.targets import Unstructured
-from prunebench.toolkit import InputNorm, keep_mask, magnitude_scores, walk
+from prunebench.toolkit import Block, InputNorm, keep_mask, magnitude_scores, walk
 from prunebench.toolkit.placement import Resident, Streaming, place_model
 from prunebench_pruners.wanda import Wanda
 
@@ -144,20 +157,20 @@ def leave_with_a_batch_open(job: Job) -> None:
 
 
 def fail(job: Job) -> None:
+    def visit(block: Block) -> None:
+        block.collect(InputNorm)
+        if block.index == 1:
+            raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            block.collect(InputNorm)
-            if block.index == 1:
-                raise ZeroDivisionError
+        visit_all(job, visit)
 
 
 def fail_in_an_earlier_block(job: Job) -> None:
     """The first data are asked for at the last block, and the second fails on the way."""
     handle = job.anatomy.blocks[1].matrices[0].module.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            if block.index == DEPTH - 1:
-                list(block.batches())
+        visit_all(job, lambda block: block.index == DEPTH - 1 and list(block.batches()))
     handle.remove()
 
 
@@ -180,27 +193,28 @@ class Rescaling(PlainModel):
 def test_everything_is_back_after_a_refusal(first: int) -> None:
     job, placement = streaming_job(Rescaling().eval())
     with pytest.raises(Refused):
-        for block in walk(job):
-            if block.index == first:
-                list(block.batches())
+        visit_all(job, lambda block: block.index == first and list(block.batches()))
     assert (placement.blocks, placement.batches) == ({}, 0)
 
 
 def test_activations_rest_on_the_host_and_are_fetched_as_copies() -> None:
     placement = Streaming("meta")
-    assert placement.rest(torch.empty(2, device="meta")).device == torch.device("cpu") if False else True
+    assert placement.rest(torch.zeros(2)).device == torch.device("cpu")
     assert placement.device == torch.device("meta")
     assert placement.fetch(torch.zeros(2)).device == torch.device("meta")
 
 
-def test_place_model_leaves_the_blocks_on_the_host_and_puts_the_rest_on_the_device() -> None:
-    """The meta device stands for one: what is moved there shows."""
+def test_a_placed_model_has_its_blocks_on_the_host_and_is_otherwise_the_same() -> None:
     model = tiny("opt")
-    job = make_job(model)
+    job, placement = streaming_job(model)
     blocks = [block.module for block in job.anatomy.blocks]
-    place_model(model, blocks, Streaming("meta"))
-    for name, parameter in model.named_parameters():
-        inside = name.startswith("model.decoder.layers.")
-        assert parameter.device.type == ("cpu" if inside else "meta"), name
+    before, parameters = fingerprint(model), list(model.parameters())
+    for block in blocks:
+        placement.bring(block)
+    place_model(model, blocks, placement)
+    assert placement.blocks == {}
+    assert not changed(model, before)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    place_model(tiny(), [], Resident("cpu"))
+    place_model(model, blocks, Resident("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

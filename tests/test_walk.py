@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +22,7 @@ from support import (
     same_bits,
     tiny,
     tokens_of,
+    visit_all,
 )
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,6 +62,14 @@ def matrix_inputs(job: Job, matrices: list[Matrix]) -> dict[str, torch.Tensor]:
     for handle in handles:
         handle.remove()
     return seen
+
+
+@contextmanager
+def first_block(job: Job) -> Iterator[Block]:
+    """A visit to the first block only."""
+    visits = walk(job)
+    yield next(visits)
+    del visits
 
 
 def halve(block: Block) -> None:
@@ -227,9 +237,9 @@ def test_the_batch_size_changes_statistics_in_the_last_bits_only(family: str, dt
     found = []
     for batch_size in (1, 3, 5):
         job = make_job(tiny(family, dtype), tokens_of(), batch_size=batch_size)
-        block = next(walk(job))
+        with first_block(job) as block:
+            norms = block.collect(InputNorm)
         read = [m for m in block.matrices if dtype == torch.float32 or m is block.matrices[0]]
-        norms = block.collect(InputNorm)
         found.append([norms[matrix] for matrix in read])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=0)
@@ -301,10 +311,10 @@ def test_a_matrix_that_the_forward_leaves_out_has_no_statistics() -> None:
             super().__init__()
             self.spare = nn.Linear(8, 8)
 
-    block = next(walk(make_job(PlainModel(Idle), tokens_of())))
+    model = PlainModel(Idle)
     with pytest.raises(RuntimeError, match=r"blocks\.0\.spare was not called"):
-        block.collect(InputNorm)
-    assert traces(block.module)["spare"][0] == [0, 0, 0, 0]
+        visit_all(make_job(model, tokens_of()), lambda block: block.collect(InputNorm))
+    assert traces(model)["blocks.0.spare"][0] == [0, 0, 0, 0]
 
 
 # What a walk costs
@@ -323,13 +333,10 @@ def test_a_loop_that_asks_for_no_data_runs_no_forward(family: str) -> None:
 def test_wanda_runs_every_block_twice_a_batch_and_the_last_once(family: str) -> None:
     """Once for the statistics, once pruned; the one call more is the first block on one sequence while recording."""
     job = make_job(tiny(family), tokens_of(), batch_size=2)
-    blocks = [block.module for block in job.anatomy.blocks]
-    with counted_calls(*(matrix.module for block in job.anatomy.blocks[:1] for matrix in block.matrices[:1])) as first:
-        with counted_calls(*(m.module for block in job.anatomy.blocks[1:2] for m in block.matrices[:1])) as middle:
-            with counted_calls(*(m.module for block in job.anatomy.blocks[-1:] for m in block.matrices[:1])) as last:
-                Wanda().prune(job)
-    assert len(blocks) == DEPTH
-    assert (first["count"], middle["count"], last["count"]) == (7, 6, 3)
+    first, middle, last = (block.matrices[0].module for block in job.anatomy.blocks)
+    with counted_calls(first) as of_first, counted_calls(middle) as of_middle, counted_calls(last) as of_last:
+        Wanda().prune(job)
+    assert (of_first["count"], of_middle["count"], of_last["count"]) == (7, 6, 3)
 
 
 def test_the_head_is_not_run(family: str) -> None:
@@ -359,11 +366,13 @@ def stop_by_break(job: Job) -> None:
 
 
 def stop_by_error(job: Job) -> None:
+    def visit(block: Block) -> None:
+        block.collect(InputNorm)
+        if block.index == 1:
+            raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            block.collect(InputNorm)
-            if block.index == 1:
-                raise ZeroDivisionError
+        visit_all(job, visit)
 
 
 def stop_inside_a_pass(job: Job) -> None:
@@ -374,8 +383,7 @@ def stop_inside_a_pass(job: Job) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            block.collect(Failing)
+        visit_all(job, lambda block: block.collect(Failing))
 
 
 def stop_inside_a_loss(job: Job) -> None:
@@ -383,8 +391,7 @@ def stop_inside_a_loss(job: Job) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            block.gradients(loss)
+        visit_all(job, lambda block: block.gradients(loss))
 
 
 def stop_while_recording(job: Job) -> None:
@@ -393,8 +400,7 @@ def stop_while_recording(job: Job) -> None:
 
     handle = job.anatomy.blocks[0].matrices[0].module.register_forward_pre_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        for block in walk(job):
-            list(block.batches())
+        visit_all(job, lambda block: list(block.batches()))
     handle.remove()
 
 
@@ -508,8 +514,9 @@ def test_a_block_whose_visit_is_over_has_no_inputs() -> None:
 def test_a_block_kept_from_a_walk_without_data_has_no_inputs_either() -> None:
     job = make_job(tiny(), tokens_of())
     hidden = true_inputs(job, 0)
-    for block in walk(job):
-        break
+    visits = walk(job)
+    block = next(visits)
+    del visits
     for ask in (lambda: list(block.batches()), lambda: block.forward(hidden), lambda: block.collect(InputNorm)):
         with pytest.raises(ContractError, match="closed"):
             ask()
@@ -581,11 +588,12 @@ def test_gradients_are_those_of_torch_func_a_sample_at_a_time(family: str, reduc
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_gradients_do_not_depend_on_modes_or_frozen_parameters(grad_mode: bool) -> None:
     job = make_job(tiny(dtype=torch.float64), tokens_of())
-    plain = next(walk(job)).gradients(lambda output: output.square().mean())
+    with first_block(job) as block:
+        plain = block.gradients(lambda output: output.square().mean())
     model = tiny(dtype=torch.float64).train().requires_grad_(False)
     job = make_job(model, tokens_of())
-    with torch.set_grad_enabled(grad_mode):
-        found = next(walk(job)).gradients(lambda output: output.square().mean())
+    with torch.set_grad_enabled(grad_mode), first_block(job) as block:
+        found = block.gradients(lambda output: output.square().mean())
     for gradient, wanted in zip(found.values(), plain.values(), strict=True):
         assert same_bits(gradient, wanted)
 

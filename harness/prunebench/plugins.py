@@ -86,22 +86,25 @@ class Registry:
         _check(cls, base, kind)
         name = cls.name
         if name in table or (kind, name) in self._disputed:
+            before = self._claims(kind, name)
             owners = self._disputed.get((kind, name)) or _origin(table.pop(name))
             entry: Registered[Any] = Registered(cls, distribution, version)
             self._disputed[kind, name] = f"{owners} and {_origin(entry)}"
-            reason = f"the {kind} name {name!r} is claimed by {self._disputed[kind, name]}; uninstall one or rename it."
-            self.broken = [b for b in self.broken if b.plugin != name] + [Broken(name, distribution, reason)]
+            others = [broken for broken in self.broken if broken.reason != before]
+            self.broken = [*others, Broken(name, distribution, self._claims(kind, name))]
             return
         table[name] = Registered(cls, distribution, version)
 
     def _find(self, kind: str, table: dict[str, Registered[T]], name: str) -> Registered[T]:
         if (kind, name) in self._disputed:
-            raise PluginError(
-                f"the {kind} name {name!r} is claimed by {self._disputed[kind, name]}; uninstall one or rename it."
-            )
+            raise PluginError(self._claims(kind, name))
         if name not in table:
             raise UnknownNameError.among(kind, name, table)
         return table[name]
+
+    def _claims(self, kind: str, name: str) -> str:
+        owners = self._disputed.get((kind, name))
+        return f"the {kind} name {name!r} is claimed by {owners}; uninstall one or rename it."
 
 
 @cache
@@ -123,7 +126,7 @@ def registry_of(plugins: Iterable[tuple[str, str, str, Callable[[], object]]]) -
             for kind, classes in found.items():
                 for cls in classes:
                     registry.add(kind, cls, distribution, version)
-        except Exception as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed with its reason
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed
             reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             registry.broken.append(Broken(name, distribution, reason))
     return registry
@@ -143,14 +146,15 @@ def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
     found: dict[str, list[type]] = {}
     for kind, hook in (("pruner", "prunebench_pruners"), ("evaluation", "prunebench_evals")):
         found[kind] = []
-        for classes in getattr(manager.hook, hook)():
+        for implementation in getattr(manager.hook, hook).get_hookimpls():
+            classes = implementation.function()  # called so, pluggy does not drop a None
             if not isinstance(classes, list | tuple):
                 raise PluginError(f"{hook} of the plugin {name!r} returned {type(classes).__name__}, not a list of classes.")
             found[kind] += classes
     return found
 
 
-def _check(cls: type[Any], base: type, kind: str) -> None:
+def _check(cls: Any, base: type, kind: str) -> None:
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise PluginError(f"{cls!r} is not a {base.__name__} class.")
     if inspect.isabstract(cls):
@@ -160,9 +164,10 @@ def _check(cls: type[Any], base: type, kind: str) -> None:
         raise PluginError(f"{cls.__name__} needs a class variable `name` of lower case letters, digits and '._+-'.")
     if "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{cls.__name__} is not a dataclass: decorate it with @dataclass.")
-    for item in vars(cls)["__dataclass_fields__"].values():
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]  # that it is a dataclass was seen above
         if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise PluginError(f"the option {item.name!r} of the {kind} {cls.__name__} has no default.")
+    option_facts(cls)  # raises now, not in a listing, where a type or a default cannot be read
 
 
 def _describe(entry: Registered[Any]) -> JsonDict:

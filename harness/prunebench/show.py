@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from prunebench.results import leaderboard
-from prunebench.results.leaderboard import Board
+from prunebench.results.leaderboard import Board, Section
 from prunebench.results.records import RunRecord
+
+WIDE = 120
+"""Columns that a board needs to be shown whole."""
 
 
 def print_listing(listing: Mapping[str, Any], console: Console) -> None:
@@ -40,11 +44,15 @@ def print_board(board: Board, console: Console) -> None:
         for note in leaderboard.section_notes(section):
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
         for table in section.tables:
-            grid = Table(title=escape(leaderboard.target_title(table.target)), title_justify="left", title_style="bold")
-            for index, heading in enumerate(leaderboard.columns(section)):
-                grid.add_column(heading, justify="right" if index else "left", no_wrap=True)
+            shown = _columns_that_fit(section, console)
+            grid = Table(
+                box=SIMPLE, title=escape(leaderboard.target_title(table.target)), title_justify="left", title_style="bold"
+            )
+            for index in shown:
+                grid.add_column(leaderboard.columns(section)[index], justify="right" if index else "left", no_wrap=True)
             for row in table.rows:
-                grid.add_row(*(escape(cell) for cell in leaderboard.cells(row)), style="dim" if row.method == "dense" else "")
+                cells = leaderboard.cells(row)
+                grid.add_row(*(escape(cells[index]) for index in shown), style="dim" if row.method == "dense" else "")
             console.print(grid)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
         for record in records:
@@ -91,6 +99,12 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     fact("with", ", ".join(f"{name} {version}" for name, version in made.packages.items()))
     fact("commit", f"{made.commit or 'not from a clone'}{' with changes' if made.dirty else ''}")
     console.print(facts)
+
+
+def _columns_that_fit(section: Section, console: Console) -> list[int]:
+    """All columns, or on a narrow terminal those before `zeros % all`."""
+    headings = leaderboard.columns(section)
+    return list(range(len(headings) if console.width >= WIDE else headings.index("zeros % all")))
 
 
 def _memory(count: int | None, where: str) -> str:

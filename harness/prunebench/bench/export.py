@@ -65,6 +65,8 @@ def save_pruned(
                 metadata={"format": MASK_FORMAT, "shapes": json.dumps(shapes)},
             )
             (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            for path in folder.iterdir():
+                path.chmod(0o644)
             if out.is_dir():
                 out.rmdir()
             shutil.move(folder, out)

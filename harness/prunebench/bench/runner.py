@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from prunebench.bench import machine
 from prunebench.bench.measure import Cost, measured
 from prunebench.bench.plan import MASK_CHANGES, RunRequest, eval_facts
-from prunebench.bench.state import guarded
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import Registry, load_registry
@@ -37,6 +36,7 @@ from prunebench.toolkit.audit import Before, Finding, audit
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import identify, load_model
 from prunebench.toolkit.placement import Resident, place_model
+from prunebench.toolkit.state import guarded
 from prunebench.toolkit.walk import evaluating
 
 

@@ -94,7 +94,7 @@ class RunSpec(_Frozen):
     def id(self) -> str:
         """Twelve hex digits over content and revisions; names, sources and spellings of evaluations are left out."""
         data = self.model_dump(mode="json", exclude={"model": {"name", "source"}, "evals": {"__all__": {"text"}}})
-        return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:12]
+        return hashlib.sha256(canonical_json(_by_content(data)).encode()).hexdigest()[:12]
 
     @property
     def method(self) -> str:
@@ -239,7 +239,14 @@ def checksum(data: dict[str, Any]) -> str:
 def fingerprint(data: BaseModel | dict[str, Any]) -> str:
     """Eight hex digits of conditions or of a recipe."""
     plain = data.model_dump(mode="json") if isinstance(data, BaseModel) else data
-    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:8]
+    return hashlib.sha256(canonical_json(_by_content(plain)).encode()).hexdigest()[:8]
+
+
+def _by_content(data: Any) -> Any:
+    """Data without what says where a text came from: the mirror's copy and the Hub's are one when their content is."""
+    if isinstance(data, dict):
+        return {key: _by_content(value) for key, value in data.items() if key not in ("origin", "complete")}
+    return [_by_content(value) for value in data] if isinstance(data, list) else data
 
 
 def slug(text: str) -> str:

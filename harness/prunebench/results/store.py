@@ -19,6 +19,7 @@ import filelock
 from pydantic import ValidationError
 
 from prunebench.errors import StoreError
+from prunebench.results.files import write_aside
 from prunebench.results.records import SCHEMA, RunRecord, checksum, slug
 
 MAX_RECORD_BYTES = 64 << 20
@@ -92,15 +93,11 @@ class ResultStore:
         """
         folder = self.folder / slug(record.machine) / slug(record.spec.model.name)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False) as file:
-                file.write(record.to_json())
-                file.flush()
-                os.fsync(file.fileno())
+            written = write_aside(folder, record.to_json())
             try:
-                return self._settle(Path(file.name), folder, record.spec.file_stem)
+                return self._settle(written, folder, record.spec.file_stem)
             finally:
-                Path(file.name).unlink(missing_ok=True)
+                written.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"the record {record.id} cannot be written to {folder}: {error.strerror}.") from error
 

@@ -76,7 +76,7 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
         job.model.base_model(input_ids=batch.to(job.device), use_cache=False)
         return recording.end_batch()
 
-    with _replaced(blocks, recording, job):
+    with _replaced(blocks, recording, family):
         run(tokens[:1])
         run(tokens[:1].repeat(2, 1))
         for start in range(0, len(tokens), job.batch_size):
@@ -132,7 +132,7 @@ class _Recording:
 
 
 @contextmanager
-def _replaced(blocks: list[nn.Module], recording: _Recording, job: Job) -> Iterator[None]:
+def _replaced(blocks: list[nn.Module], recording: _Recording, family: str) -> Iterator[None]:
     """Give every block a recording forward, by instance attribute: the module tree stays as it is."""
     shape: Callable[[torch.Tensor], Any] | None = None
 
@@ -142,7 +142,7 @@ def _replaced(blocks: list[nn.Module], recording: _Recording, job: Job) -> Itera
             hidden, rest, named = _split(args, kwargs)
             recording.visit(index, hidden, rest, named)
             if shape is None:
-                shape = _return_shape(own, hidden, recording.calls[0], job, blocks[0])
+                shape = _return_shape(own, hidden, recording.calls[0], family)
             return shape(hidden)
 
         return forward
@@ -166,19 +166,14 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     return named.pop("hidden_states"), (), named
 
 
-def _return_shape(
-    own: Callable[..., Any], hidden: torch.Tensor, call: BlockCall, job: Job, block: nn.Module
-) -> Callable[[torch.Tensor], Any]:
-    """How the blocks return the hidden state, found by running the first one on one sequence."""
+def _return_shape(own: Callable[..., Any], hidden: torch.Tensor, call: BlockCall, family: str) -> Callable[[torch.Tensor], Any]:
+    """How the blocks return the hidden state, found by running the first one, which is on the device, on one sequence."""
     args, kwargs = call.sized(1, hidden.dtype)
-    job.placement.bring(block)
     output = own(hidden[:1].clone(), *args, **kwargs)
     if not isinstance(output, tuple):
         return lambda state: state
     if any(isinstance(part, torch.Tensor) for part in output[1:]):
-        raise Refused(
-            f"the blocks of {type(job.model).__name__} return more than the hidden state, which the walk cannot follow."
-        )
+        raise Refused(f"the blocks of {family} return more than the hidden state, which the walk cannot follow.")
     tail = output[1:]
     return lambda state: (state, *tail)
 

@@ -168,7 +168,7 @@ class _Stream:
 
     def call(self, index: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if not self._calls:
-            self._record()
+            self.inputs(index)
         with evaluating(module):
             args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype)
             return unpack(module(hidden, *args, **kwargs))
@@ -179,7 +179,7 @@ class _Stream:
             self._propagate(index)
 
     def close(self) -> None:
-        self._hidden, self._calls = None, []
+        self._hidden, self._calls, self._at = None, [], len(self._job.anatomy.blocks)
 
     def work_dtype(self) -> torch.dtype:
         """The dtype for gradients: float32, or float64 where the model is."""
@@ -187,26 +187,37 @@ class _Stream:
 
     def inputs(self, index: int) -> torch.Tensor:
         """The hidden states that enter a block, brought up to it if need be."""
-        if self._hidden is None:
-            if self._at:
-                raise ContractError("a walk that was closed cannot be asked for data.")
-            self._record()
-        assert self._hidden is not None
-        while self._at < index:
-            # Only when the first data are asked for after the first block: bring the states up to this one.
-            module = self._job.anatomy.blocks[self._at].module
-            self._job.placement.bring(module)
-            try:
-                self._propagate(self._at)
-            finally:
-                self._job.placement.release(module)
+        if self._hidden is None and self._at:
+            raise ContractError("a walk that was closed cannot be asked for data.")
         if self._at > index:
             raise ContractError(f"block {index} was left; its inputs are gone.")
+        if self._hidden is None and index == 0:
+            self._record()
+        elif self._at < index:
+            self._catch_up(index)
+        assert self._hidden is not None
         return self._hidden
 
     def _record(self) -> None:
         with phase("calibration"), torch.no_grad(), evaluating(self._job.model):
             self._hidden, self._calls = record_calls(self._job)
+
+    def _catch_up(self, index: int) -> None:
+        """The first data are asked for after the first block: run the ones before, while this one steps aside."""
+        placement, modules = self._job.placement, [block.module for block in self._job.anatomy.blocks]
+        placement.release(modules[index])
+        try:
+            while self._at < index:
+                module = modules[self._at]
+                placement.bring(module)
+                try:
+                    if self._hidden is None:
+                        self._record()
+                    self._propagate(self._at)
+                finally:
+                    placement.release(module)
+        finally:
+            placement.bring(modules[index])
 
     def _propagate(self, index: int) -> None:
         assert self._hidden is not None

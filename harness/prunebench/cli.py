@@ -36,7 +36,7 @@ Allow = Annotated[list[str] | None, typer.Option("--allow", help="Allow `pickle`
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a wrong command line; its own name for it is not public."""
 
-_out = Console(highlight=False)
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False)
 
 

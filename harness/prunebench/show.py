@@ -14,7 +14,7 @@ from prunebench.results import leaderboard
 from prunebench.results.leaderboard import Board, Section
 from prunebench.results.records import RunRecord
 
-WIDE = 120
+WIDE = 110
 """Columns that a board needs to be shown whole."""
 
 
@@ -102,9 +102,9 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
 
 
 def _columns_that_fit(section: Section, console: Console) -> list[int]:
-    """All columns, or on a narrow terminal those before `zeros % all`."""
-    headings = leaderboard.columns(section)
-    return list(range(len(headings) if console.width >= WIDE else headings.index("zeros % all")))
+    """All columns, or on a narrow terminal those that matter most."""
+    left_out = () if console.width >= WIDE else ("peak MiB", "of all %", "coverage %")
+    return [index for index, heading in enumerate(leaderboard.columns(section)) if heading not in left_out]
 
 
 def _memory(count: int | None, where: str) -> str:

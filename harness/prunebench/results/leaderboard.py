@@ -145,8 +145,8 @@ def columns(section: Section) -> list[str]:
         "seeds",
         "prune s",
         "peak MiB",
-        "zeros % prunable",
-        "zeros % all",
+        "sparsity %",
+        "of all %",
         "coverage %",
     ]
 
@@ -225,8 +225,8 @@ Rows in one table were measured under the same conditions on the same machine, a
 recipe. Several calibration seeds are one row: mean ± standard deviation over seeds. `deterministic` methods use neither data
 nor randomness. Rows are sorted by value; **there are no ranks**, because no test of the differences has been made: a
 difference within the spread over seeds, or one that a few windows of text could turn round, means nothing.
-`zeros %` is what was found in the weights, of the prunable weights (all linear weights of the decoder blocks) and of all
-parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method pruned. `prune s` is the whole
+`sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
+same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method pruned. `prune s` is the whole
 pruning without loading and evaluation, `peak MiB` the highest memory of the process (of the GPU where there is one) while
 pruning; a `*` marks costs measured while other runs shared the machine."""
 

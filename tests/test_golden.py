@@ -1,0 +1,151 @@
+"""Masks and perplexities of the authors' own code on two real models (`data/README.md`, "Golden masks")."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import make_job, masks_of
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prunebench.spec import Job
+from prunebench.targets import NM, Target, Unstructured, parse_target
+from prunebench.toolkit import magnitude_scores
+from prunebench_pruners.magnitude import Magnitude
+from prunebench_pruners.wanda import Wanda
+
+MIRROR = Path(os.environ.get("PRUNEBENCH_MIRROR") or Path(__file__).parents[2] / "shared" / "data")
+GOLDEN = MIRROR / "golden"
+
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason=f"no golden masks: {GOLDEN} is not there, and PRUNEBENCH_MIRROR names no folder that has them"
+)
+
+CASES = [
+    *(("stories260K", target) for target in ("0.5", "0.6", "2:4")),
+    *(pytest.param("wiki7m", target, marks=pytest.mark.slow) for target in ("0.5", "2:4", "4:8")),
+]
+EVERY_CASE = pytest.mark.parametrize(("name", "target"), CASES)
+
+
+def loaded(name: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(MIRROR / "models" / name, dtype=torch.float32)
+    return model.eval()
+
+
+def golden_job(name: str, target: str) -> Job:
+    tokens = torch.from_numpy(np.load(GOLDEN / name / "calibration.npy"))
+    return make_job(loaded(name), tokens, target=parse_target(target), batch_size=8)
+
+
+def golden_masks(name: str, method: str, job: Job) -> dict[str, torch.Tensor]:
+    file = np.load(GOLDEN / name / f"{method}-{job.target.slug}.npz")
+    assert set(file) == {matrix.name for matrix in job.anatomy.matrices}
+    found = {}
+    for matrix in job.anatomy.matrices:
+        rows, columns = matrix.shape
+        bits = np.unpackbits(file[matrix.name])[: rows * columns]
+        found[matrix.name] = torch.from_numpy(bits.reshape(rows, columns).astype(bool))
+    return found
+
+
+def golden_perplexity(name: str, entry: str) -> float:
+    results: dict[str, Any] = json.loads((GOLDEN / name / "results.json").read_text())
+    return float(results[entry]["ppl"])
+
+
+def perplexity(model: PreTrainedModel, name: str) -> float:
+    """`exp` of the mean over windows of the mean negative log-likelihood of their later tokens (`methods.md` 1.5)."""
+    length = np.load(GOLDEN / name / "calibration.npy", mmap_mode="r").shape[1]
+    tokens = torch.from_numpy(np.load(GOLDEN / name / "eval.npy"))
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    total = 0.0
+    with torch.no_grad():
+        for batch in windows.split(8):
+            logits = model(batch, use_cache=False).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            total += float(losses.view(len(batch), -1).mean(dim=1).double().sum())
+    return math.exp(total / len(windows))
+
+
+@pytest.mark.parametrize("name", ["stories260K", pytest.param("wiki7m", marks=pytest.mark.slow)])
+def test_dense_perplexity(name: str) -> None:
+    """Without it, no agreement below means much."""
+    assert perplexity(loaded(name), name) == pytest.approx(golden_perplexity(name, "dense"), rel=1e-3)
+
+
+@EVERY_CASE
+def test_wanda(name: str, target: str) -> None:
+    job = golden_job(name, target)
+    Wanda().prune(job)
+    wanted, found = golden_masks(name, "wanda", job), masks_of(job)
+    different = {matrix: int((mask != found[matrix]).sum()) for matrix, mask in wanted.items()}
+    for matrix, count in different.items():
+        assert count <= max(4, wanted[matrix].numel() // 10_000), matrix
+    assert sum(different.values()) <= 1e-4 * sum(mask.numel() for mask in wanted.values())
+    assert perplexity(job.model, name) == pytest.approx(golden_perplexity(name, f"wanda-{job.target.slug}"), rel=2e-3)
+
+
+def as_the_authors_remove(scores: torch.Tensor, target: Unstructured) -> torch.Tensor:
+    """One entry more than the count, and all that are equal to it (`methods.md` 1.4)."""
+    flat = scores.flatten().sort().values
+    return scores > flat[int(flat.numel() * target.sparsity)]
+
+
+def same_but_for_ties(one: torch.Tensor, other: torch.Tensor, scores: torch.Tensor, target: NM) -> bool:
+    """Whether two masks remove the same scores in every group, if not the same entries."""
+    groups = [scores.masked_fill(mask, math.inf).view(-1, target.of).sort(dim=1).values for mask in (one, other)]
+    return torch.equal(*groups)
+
+
+def check_magnitude(ours: torch.Tensor, reference: torch.Tensor, scores: torch.Tensor, target: Target) -> None:
+    if isinstance(target, Unstructured):
+        threshold = scores.flatten().sort().values[target.removed(scores.numel())]
+        assert torch.equal(reference, as_the_authors_remove(scores, target))
+        assert bool((scores[ours != reference] == threshold).all())
+        assert not bool((reference & ~ours).any())
+        assert int((~ours).sum()) == target.removed(scores.numel()) < int((~reference).sum())
+    else:
+        assert isinstance(target, NM)
+        assert same_but_for_ties(ours, reference, scores, target)
+
+
+@EVERY_CASE
+def test_magnitude(name: str, target: str) -> None:
+    job = golden_job(name, target)
+    dense = {matrix.name: magnitude_scores(matrix.weight.clone()) for matrix in job.anatomy.matrices}
+    Magnitude().prune(job)
+    wanted, found = golden_masks(name, "magnitude", job), masks_of(job)
+    for matrix in job.anatomy.matrices:
+        check_magnitude(found[matrix.name], wanted[matrix.name], dense[matrix.name], job.target)
+        matrix.keep(found[matrix.name] & wanted[matrix.name])
+    if isinstance(job.target, Unstructured):
+        # Ours and the entries that only the authors remove are the authors' mask.
+        assert all(torch.equal(job.anatomy.masks[matrix], mask) for matrix, mask in wanted.items())  # type: ignore[attr-defined]
+    assert perplexity(job.model, name) == pytest.approx(golden_perplexity(name, f"magnitude-{job.target.slug}"), rel=2e-3)
+
+
+def test_masks_of_another_rule_would_be_noticed() -> None:
+    """The checks of magnitude against masks that are wrong by one entry."""
+    scores = torch.arange(64.0).view(8, 8)
+    target = Unstructured(0.5)
+    reference = as_the_authors_remove(scores, target)
+    ours = reference.clone()
+    ours[4, 0] = True
+    check_magnitude(ours, reference, scores, target)
+    for row, column in [(3, 7), (4, 1)]:
+        wrong = ours.clone()
+        wrong[row, column] = ~wrong[row, column]
+        with pytest.raises(AssertionError):
+            check_magnitude(wrong, reference, scores, target)
+    tied = torch.tensor([[1.0, 1.0, 2.0, 3.0]])
+    first, second = torch.tensor([[False, True, True, True]]), torch.tensor([[True, False, True, True]])
+    check_magnitude(first, second, tied, NM(3, 4))
+    with pytest.raises(AssertionError):
+        check_magnitude(first, torch.tensor([[True, True, False, True]]), tied, NM(3, 4))

@@ -33,6 +33,8 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 on CPU and b
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at a time.")]
 Allow = Annotated[list[str] | None, typer.Option("--allow", help="Allow `pickle` or `remote-code` for this model.")]
 
+INTERRUPTED = 130
+
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a wrong command line; its own name for it is not public."""
 
@@ -144,6 +146,8 @@ def show(
 def report(
     results: Results = Path("results"),
     out: Annotated[Path | None, typer.Option("--out", help="Write the board as Markdown to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the board as an SVG picture.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only sections whose title contains this.")] = None,
 ) -> None:
     """Make the leaderboard from the records.
 
@@ -152,14 +156,15 @@ def report(
     from prunebench.plugins import load_registry
     from prunebench.results.files import write_text
     from prunebench.results.leaderboard import build_board, to_markdown
-    from prunebench.show import print_board
+    from prunebench.show import draw_board, print_board
 
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
-    board = build_board(_store(results).latest(), revisions)
+    board = build_board(_store(results).latest(), revisions).only(only or "")
     print_board(board, _out)
-    if out is not None:
-        write_text(out, to_markdown(board))
-        _out.print(f"\nWritten to {escape(str(out))}.")
+    for path, text in ((out, to_markdown), (picture, draw_board)):
+        if path is not None:
+            write_text(path, text(board))
+            _out.print(f"\nWritten to {escape(str(path))}.")
 
 
 @app.command()
@@ -251,8 +256,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        _err.print("interrupted; finished runs are kept, and the same command goes on from here.")
-        sys.exit(130)
+        code = INTERRUPTED
     except _UsageError as error:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
@@ -261,6 +265,8 @@ def main() -> None:
             raise
         _err.print(f"error: {escape(str(error))}", soft_wrap=True)
         sys.exit(2 if isinstance(error, RequestError | PluginError) else 1)
+    if code == INTERRUPTED:
+        _err.print("interrupted; finished runs are kept, and the same command goes on from here.")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -45,14 +45,14 @@ class SweepDisplay:
         if self._live and self._overall is not None and self._inner is not None:
             state = f"run {number} of {self._total}{self._left()}"
             self._live.update(self._overall, state=state, completed=number - 1)
-            self._live.reset(self._inner, description=escape(run_label(request.spec)), state="starting")
+            self._live.reset(self._inner, description=escape(run_label(request.spec)[:48]), state="starting")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far the run is."""
         if self._live and self._inner is not None:
             if what.startswith(("step ", "eval ", "load", "audit")):
-                self._step = what
-                state = what if total < 2 else f"{what} ({done + 1} of {total})"
+                self._step = what.partition("[")[0]  # the options would fill the line
+                state = self._step if total < 2 else f"{self._step} ({done + 1} of {total})"
                 self._live.update(self._inner, state=escape(state), total=1, completed=0)
             else:
                 at = f"{what} {min(done + 1, total)} of {total}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -83,6 +83,10 @@ class Board:
     failed: tuple[RunRecord, ...]
     refused: tuple[RunRecord, ...]
     outdated: tuple[RunRecord, ...]
+
+    def only(self, text: str) -> Board:
+        """The board with those sections whose title contains `text`."""
+        return replace(self, sections=tuple(s for s in self.sections if text in section_title(s)))
 
 
 @dataclass

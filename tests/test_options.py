@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from prunebench.errors import OptionError, RequestError, UnknownNameError
-from prunebench.options import Step, build, canonical, option_facts, option_values, parse_step, parse_steps
+from prunebench.options import Step, build, canonical, option_facts, option_values, parse_step, split_steps
 from prunebench.spec import option
 
 
@@ -49,6 +49,10 @@ class Method:
     def __post_init__(self) -> None:
         if self.alpha < 0:
             raise ValueError("alpha is a share of at least 0.")
+
+
+def parse_steps(text: str) -> list[Step]:
+    return [parse_step(part) for part in split_steps(text)]
 
 
 def method(text: str) -> Method:

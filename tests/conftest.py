@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 # No test may reach the network; set before anything imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,7 +13,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
+from support import Bench, Ran, make_bench
 from transformers.utils import logging
+
+from prunebench.plugins import Registry, load_registry
+from prunebench.spec import Pruner
+
+MIRROR = Path(os.environ.get("PRUNEBENCH_MIRROR") or Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,3 +27,64 @@ def _quiet() -> None:
     """One thread, so that two workers do not fight for two cores; no advice about tiny vocabularies."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing that the user's cache holds is believed, and nothing is left there."""
+    os.environ["PRUNEBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))  # read when `datasets` is first imported
+
+
+@pytest.fixture(autouse=True)
+def _no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror only where a test asks for it."""
+    monkeypatch.delenv("PRUNEBENCH_MIRROR", raising=False)
+
+
+@pytest.fixture
+def mirror(_no_mirror: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of real models and texts, set as PRUNEBENCH_MIRROR."""
+    if not (MIRROR / "datasets").is_dir():
+        pytest.skip(f"{MIRROR} is not there, and PRUNEBENCH_MIRROR names no folder of models and texts")
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(MIRROR))
+    return MIRROR
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A tiny model and its texts."""
+    return make_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Registers a stranger's pruners and evaluations for one test, with the checks that every plugin meets."""
+
+    def add(*classes: type) -> None:
+        found, known = Registry(), load_registry()
+        for cls in classes:
+            found.add("pruner" if issubclass(cls, Pruner) else "evaluation", cls, "their-plugin", "1.2.3")
+        for name, pruner in found.pruners.items():
+            monkeypatch.setitem(known.pruners, name, pruner)
+        for name, evaluation in found.evals.items():
+            monkeypatch.setitem(known.evals, name, evaluation)
+
+    return add
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Runs `prunebench …` in this process."""
+    from prunebench.cli import main
+
+    monkeypatch.delenv("PRUNEBENCH_MIRROR", raising=False)
+
+    def call(*args: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["prunebench", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Ran(int(stop.value.code or 0), *capsys.readouterr())
+
+    return call

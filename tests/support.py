@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -21,17 +30,38 @@ from transformers import (
     OPTForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from prunebench.bench.plan import Planner, RunRequest
+from prunebench.bench.suite import load_suite, suites_folder
+from prunebench.plugins import load_registry
+from prunebench.results.records import (
+    AuditRecord,
+    EvalSpec,
+    Failure,
+    FailureKind,
+    MatrixAudit,
+    ModelSpec,
+    Provenance,
+    Recipe,
+    RunRecord,
+    RunSpec,
+    ScoreRecord,
+    StepRecord,
+    StepSpec,
+    TextSpec,
+)
 from prunebench.spec import Job, Needs, Placement
 from prunebench.targets import Target, Unstructured
 from prunebench.toolkit import Block, walk
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import Resident
 
 VOCABULARY = 48
@@ -238,3 +268,278 @@ class PlainModel(PreTrainedModel):
     def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         output = block(hidden)
         return output[0] if isinstance(output, tuple) else output
+
+
+# A bench of its own: a tiny model in a folder, texts, suites, strangers' plugins and the command
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with the model `tiny` and three texts. Nothing writes into it."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "tiny"
+
+    @property
+    def calibration(self) -> Path:
+        return self.folder / "calibration.txt"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.txt"
+
+    @property
+    def training(self) -> Path:
+        return self.folder / "training.txt"
+
+    @property
+    def perplexity(self) -> str:
+        """An evaluation of four windows."""
+        return f"perplexity[data={self.evaluation},window=16,windows=4]"
+
+    def suite_text(
+        self,
+        *methods: str,
+        targets: Sequence[str] = ("0.5",),
+        seeds: Sequence[int] = (0,),
+        evals: Sequence[str] | None = None,
+        model: Path | None = None,
+        more: str = "",
+    ) -> str:
+        """A suite as TOML; steps of a method are joined by ` + `, `more` is written at its end."""
+        parts = [
+            '[suite]\nname = "small"',
+            f"[[model]]\npath = {json.dumps(str(model or self.model))}",
+            f"[calibration]\nsource = {json.dumps(str(self.calibration))}\nsamples = 4\nlength = 16",
+            *(f"[[method]]\nsteps = {json.dumps(method.split(' + '))}" for method in methods),
+            *(f"[[eval]]\nuse = {json.dumps(use)}" for use in (evals or [self.perplexity])),
+            f"[grid]\ntargets = {json.dumps(list(targets))}\nseeds = {json.dumps(list(seeds))}",
+            "[limits]\nthreads = 1\nbatch_size = 4",
+        ]
+        return "\n\n".join(parts) + f"\n{more}\n"
+
+    def requests(self, folder: Path, *methods: str, **changes: Any) -> list[RunRequest]:
+        """The planned runs of a suite."""
+        suite = folder / "small.toml"
+        suite.write_text(self.suite_text(*methods, **changes))
+        return Planner(load_suite(str(suite)), load_registry(), "here", "prunebench run small.toml", "cpu").requests()
+
+
+def make_bench(folder: Path) -> Bench:
+    """Fill a folder: a small random LLaMA, a tokenizer of 300 tokens, the first stories of the quickstart's texts."""
+    bench = Bench(folder)
+    texts = suites_folder() / "quickstart" / "texts"
+    for name in ("calibration", "evaluation", "training"):
+        content = (texts / f"{name}.txt").read_text(encoding="utf-8")
+        stories = re.split(r"(?m)^(?== [^=\n]+ =$)", content)[1:4]
+        (folder / f"{name}.txt").write_text("".join(stories), encoding="utf-8")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(texts / "calibration.txt")], trainer)
+    shape = {"vocab_size": 300, "max_position_embeddings": 64, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+    with quiet_transformers():
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(bench.model)
+        tiny("llama", **shape).save_pretrained(bench.model)
+    return bench
+
+
+def install_plugin(folder: Path, source: str, name: str = "theirs") -> Path:
+    """Put a module with hooks into a folder as an installed distribution, `their-<name>` 1.2.3; the folder goes on the path."""
+    module = f"plugin_of_{name}"
+    metadata = folder / f"their_{name}-1.2.3.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / f"{module}.py").write_text(source)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: their-{name}\nVersion: 1.2.3\n")
+    (metadata / "entry_points.txt").write_text(f"[prunebench]\n{name} = {module}\n")
+    return folder
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr, `error: …`, of at most two sentences, of a command that ended with 2."""
+        assert self.code == 2, self
+        assert re.fullmatch(r"error: [^\n]+\n", self.err), self.err
+        assert len(re.findall(r"[.?!](?=\s|$)", self.err)) <= 2, self.err
+        assert "Traceback" not in self.out
+        return self.err
+
+
+def start_command(*args: str | Path, path: Path | None = None, cwd: Path | None = None, **environment: str) -> Any:
+    """The real command in a session of its own; `path` goes on PYTHONPATH."""
+    more = {"PYTHONPATH": str(path)} if path else {}
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("prunebench"), *map(str, args)],
+        cwd=cwd,
+        # Waiting threads sleep: spinning ones of several processes starve each other on few cores.
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **more, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_command(*args: str | Path, **options: Any) -> Ran:
+    """The real command, to its end."""
+    with start_command(*args, **options) as process:
+        out, err = process.communicate(timeout=300)
+    return Ran(process.returncode, out, err)
+
+
+def tree(folder: Path) -> Mapping[str, bytes | None]:
+    """Everything in a folder: files with their content, folders with None."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+def cases(table: Mapping[str, Any]) -> list[Any]:
+    """A table of named cases for `parametrize`; a tuple is several arguments."""
+    return [pytest.param(*(value if isinstance(value, tuple) else (value,)), id=name) for name, value in table.items()]
+
+
+# Records by hand
+
+
+C4_TEXT = TextSpec(name="allenai/c4", config="en", split="train", origin="hub", content="c4c4c4c4c4c4c4c4", complete=True)
+CONDITIONS: dict[str, Any] = {
+    "eval": "perplexity",
+    "data": "Salesforce/wikitext",
+    "config": "wikitext-2-raw-v1",
+    "split": "test",
+    "origin": "hub",
+    "content": "0011223344556677",
+    "complete": True,
+    "window": 512,
+    "windows": 740,
+    "weights": "aaaa000011112222",
+    "dtype": "float32",
+    "attention": "sdpa",
+}
+
+
+def make_spec(
+    method: str = "wanda",
+    target: str = "0.5",
+    seed: int | None = 0,
+    *,
+    model: str = "tiny",
+    revision: int = 1,
+    recipe: Recipe | None = None,
+    conditions: Mapping[str, Any] = CONDITIONS,
+    more_evals: Sequence[EvalSpec] = (),
+) -> RunSpec:
+    """A spec; steps of a method are joined by ` + `. Without a seed the method uses no data."""
+    asked = Recipe(calibration=C4_TEXT, sampler="documents-v1", samples=128, length=512) if recipe is None else recipe
+    return RunSpec(
+        model=ModelSpec(name=model, weights="aaaa000011112222", tokenizer="bbbb000011112222", dtype="float32", source="local"),
+        steps=tuple(StepSpec(text=text, revision=revision) for text in method.split(" + ")),
+        target=target,
+        seed=seed,
+        recipe=Recipe() if seed is None else asked,
+        calibration_tokens=None if seed is None else f"{seed:016x}",
+        evals=(EvalSpec(text="perplexity", revision=1, conditions=dict(conditions)), *more_evals),
+    )
+
+
+def make_record(
+    spec: RunSpec | None = None,
+    value: float = 100.0,
+    *,
+    machine: str = "box",
+    status: str = "ok",
+    reason: str | None = None,
+    kind: FailureKind = "error",
+    started: str = "2026-01-01T00:00:00+00:00",
+    suite: str | None = "quickstart",
+    seconds: float = 2.0,
+    peak_host_bytes: int = 300 << 20,
+    peak_device_bytes: int | None = None,
+    sparsity: float = 0.5,
+    higher_is_better: bool = False,
+    unit: str = "perplexity",
+    shared_machine: bool = False,
+    **changes: Any,
+) -> RunRecord:
+    """What came out of a run; `changes` are fields of the record."""
+    spec = spec or make_spec()
+    found = {
+        f"eval{index}": ScoreRecord(
+            value=value,
+            unit=unit,
+            higher_is_better=higher_is_better,
+            seconds=1.5,
+            conditions=asked.conditions,
+            items={"nll": [4.25, 4.5], "document": [0, 1]},
+        )
+        for index, asked in enumerate(spec.evals)
+    }
+    step = StepRecord(
+        pruner=spec.steps[0].text.partition("[")[0] if spec.steps else "none",
+        options={"group": "row", "scale": 0.5},
+        revision=1,
+        distribution="prunebench",
+        version="0.1.0",
+        phases={"other": seconds / 2, "scoring": seconds / 2},
+        peak_device_bytes=peak_device_bytes,
+        peak_host_bytes=peak_host_bytes,
+        host_peak_sampled=False,
+        notes={"remark": "naïve, 50 %", "shares": [0.5, None, True]},
+    )
+    audit = AuditRecord(
+        removed=32,
+        zeros=33,
+        extra_zeros=1,
+        sparsity_prunable=sparsity,
+        sparsity_total=sparsity / 2,
+        coverage=0.996,
+        matrices=[MatrixAudit(name="model.layers.0.mlp.up_proj", shape=(8, 8), removed=32, zeros=33)],
+    )
+    provenance = Provenance(
+        suite=suite,
+        command="prunebench run quickstart",
+        commit="0" * 40,
+        dirty=False,
+        packages={"torch": "2.13.0"},
+        python="3.11.7",
+        platform="Linux x86_64 glibc2.36",
+        device="A CPU",
+        driver=None,
+        threads=2,
+        batch_size=8,
+        executor="subprocess",
+        shared_machine=shared_machine,
+        started=started,
+        seconds=12.5,
+    )
+    ok = status == "ok"
+    failure = Failure(kind=kind, type="ValueError", message=reason or "it broke", step=None) if status == "failed" else None
+    fields = {
+        "id": spec.id,
+        "machine": machine,
+        "spec": spec,
+        "status": status,
+        "reason": None if ok else reason or "it does not fit",
+        "failure": failure,
+        "steps": [step] if ok else [],
+        "audit": audit if ok else None,
+        "scores": found if ok else {},
+        "provenance": provenance,
+    }
+    return RunRecord(**fields | changes)

@@ -172,7 +172,7 @@ packages = {json.dumps(list(modules.values()))}
 
 def load(installed: Path) -> str:
     """What a process with these distributions on its path finds, as JSON."""
-    path = os.pathsep.join([str(installed), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(installed), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     command = [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps(ASKED)]
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -100,6 +100,7 @@ def portable(text: str) -> str:
         (str(Path.cwd()), "."),
         (str(Path.home()), "$HOME"),
     ]
+    text = text.encode(errors="replace").decode()  # file names may hold bytes that are no UTF-8
     for place, name in places:
         for spelling in {place, str(Path(place).resolve())} if place else ():
             if len(spelling) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -62,7 +63,9 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
             evaluate(request, model, progress, outcome)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
         return make_record(request, outcome, executor, failure=classify(error, outcome.current_step))
     return make_record(request, outcome, executor)
 
@@ -133,7 +136,7 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, ou
     registry = load_registry()
     facts = eval_facts(identify(request.model), Path(request.folder))
     names = score_names([spec.text for spec in request.spec.evals])
-    for text, spec in zip(request.eval_texts, request.spec.evals, strict=True):
+    for name, text, spec in zip(names, request.eval_texts, request.spec.evals, strict=True):
         evaluation = registry.eval(parse_step(text))
         progress(f"eval {text}", 0, 1)
         started = time.perf_counter()
@@ -149,7 +152,9 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, ou
                     progress=progress,
                 )
             )
-        outcome.scores[names[spec.text]] = ScoreRecord(
+        if not math.isfinite(score.value):
+            raise NonFiniteError(f"the evaluation {name} found {score.value}, which is no number.")
+        outcome.scores[name] = ScoreRecord(
             value=score.value,
             unit=score.unit,
             higher_is_better=score.higher_is_better,
@@ -167,12 +172,14 @@ def make_record(
     failure: Failure | None = None,
 ) -> RunRecord:
     """The record of a run that ended as the arguments say."""
+    if refused is not None:
+        refused = machine.portable(refused) or "no reason was given."
     return RunRecord(
         id=request.spec.id,
         machine=request.machine,
         spec=request.spec,
         status="refused" if refused else "failed" if failure else "ok",
-        reason=machine.portable(refused or (failure.message if failure else "")) or None,
+        reason=refused or (failure.message if failure else None),
         failure=failure,
         steps=outcome.steps,
         audit=_audit_record(outcome.finding) if outcome.finding else None,
@@ -190,8 +197,12 @@ def classify(error: BaseException, step: str | None) -> Failure:
         kind = "nan"
     elif isinstance(error, AuditError | ContractError):
         kind = "audit"
-    message = machine.portable(str(error).strip()) or type(error).__name__
-    return Failure(kind=kind, type=type(error).__name__, message=message[:2000], step=step)
+    name = type(error).__name__
+    try:
+        message = machine.portable(str(error).strip()) or name
+    except Exception:  # noqa: BLE001 - a stranger's exception may fail at telling what it is
+        message = name
+    return Failure(kind=kind, type=name, message=message[:2000], step=step)
 
 
 @contextmanager
@@ -206,10 +217,12 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def score_names(texts: list[str]) -> dict[str, str]:
-    """What scores are called in a record: the evaluation's name, with its options where several share the name."""
+def score_names(texts: list[str]) -> list[str]:
+    """What scores are called in a record: the evaluation's name, with its options where several share the name, and a number
+    where those are spelt alike too (two files of one name in different folders)."""
     names = [parse_step(text).name for text in texts]
-    return {text: name if names.count(name) == 1 else text for text, name in zip(texts, names, strict=True)}
+    told = [name if names.count(name) == 1 else text for text, name in zip(texts, names, strict=True)]
+    return [f"{name} ({told[:i].count(name) + 1})" if told.count(name) > 1 else name for i, name in enumerate(told)]
 
 
 def _job(

@@ -140,21 +140,22 @@ def load_suite(name: str) -> Suite:
         if path.stat().st_size > MAX_SUITE_BYTES:
             raise RequestError(f"the suite {path.name} is larger than {MAX_SUITE_BYTES >> 20} MiB, which no suite is.")
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise RequestError(f"the suite {path.name} cannot be read as TOML: {error}") from None
     if "folder" in data:
-        raise UnknownNameError.among("suite key", "folder", _keys(()))
-    if not data.get("eval"):
-        raise RequestError(f"the suite {path.name} lacks [[eval]]: there is nothing to measure.")
+        raise UnknownNameError(f"the suite {path.name}: {UnknownNameError.among('key', 'folder', _keys(()))}")
     try:
-        return Suite.model_validate({**data, "folder": path.resolve().parent})
+        suite = Suite.model_validate({**data, "folder": path.resolve().parent})
     except ValidationError as error:
         raise _explain(path.name, error) from None
+    if not suite.eval:
+        raise RequestError(f"the suite {path.name} lacks [[eval]]: there is nothing to measure.")
+    return suite
 
 
 def _explain(name: str, error: ValidationError) -> RequestError:
-    """The first thing that is wrong with a suite, as a sentence."""
-    first = error.errors()[0]
+    """The first thing that is wrong with a suite, as a sentence; a misspelt key is also a missing one, so it comes first."""
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     where = ".".join(place)
     if first["type"] == "extra_forbidden":
@@ -163,7 +164,8 @@ def _explain(name: str, error: ValidationError) -> RequestError:
     if first["type"] == "missing":
         return RequestError(f"the suite {name} lacks {where}.")
     message = first["msg"].removeprefix("Value error, ")
-    return RequestError(f"the suite {name}, at {where}: {message[:1].lower()}{message[1:]}.")
+    message = f"{message[:1].lower()}{message[1:]}".replace("tuple", "list")
+    return RequestError(f"the suite {name}, at {where}: {message}.")
 
 
 def _keys(place: tuple[str, ...]) -> list[str]:

@@ -28,7 +28,7 @@ class Row:
     values: tuple[float, ...]
     seeds: tuple[int | None, ...]
     change: float | None
-    """Relative change of the mean against dense, or None without a dense run."""
+    """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
     prune_seconds: float
     peak_bytes: int | None
     sparsity_prunable: float
@@ -108,14 +108,15 @@ def build_board(stored: Iterable[Stored], revisions: Mapping[str, int] | None = 
         stored: records, as `ResultStore.latest` gives them.
         revisions: the present revisions of pruners; records of another revision are outdated and stand in no table.
     """
-    records = [item.record for item in stored]
+    records = [item.record for item in sorted(stored, key=lambda item: item.path)]
     outdated = [r for r in records if _is_outdated(r, revisions or {})]
     present = [r for r in records if r not in outdated]
     buckets: dict[tuple[str, str, str], _Bucket] = {}
     for record in present:
         if record.status == "ok":
             for name, score in record.scores.items():
-                key = (record.machine, record.spec.model.name, fingerprint(dict(score.conditions)))
+                measured = {"conditions": dict(score.conditions), "revision": _eval_revision(record, score)}
+                key = (record.machine, record.spec.model.name, fingerprint(measured))
                 buckets.setdefault(key, _Bucket()).entries.append(_Entry(record, name, score))
     sections = [section for key in sorted(buckets) for section in _sections(buckets[key].entries)]
     by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
@@ -135,7 +136,7 @@ def to_markdown(board: Board) -> str:
     parts += [_section_markdown(section) for section in board.sections]
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
         if records:
-            lines = [f"* {describe(record)}: {_one_line(_reason(record))}" for record in records]
+            lines = [f"* {_one_line(f'{describe(record)}: {_reason(record)}')}" for record in records]
             parts.append(f"## {title} runs\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -241,8 +242,16 @@ def _sections(entries: list[_Entry]) -> list[Section]:
     found = []
     for key in sorted(recipes) or [""]:
         members = [e for e in entries if not _uses_data(e.record) or fingerprint(e.record.spec.recipe) == key]
-        found.append(_section(members, recipes.get(key)))
+        found.append(_section(_latest(members), recipes.get(key)))
     return found
+
+
+def _latest(entries: list[_Entry]) -> list[_Entry]:
+    """One entry a method, target and seed: runs that differ only in what else they measured are one, not two seeds."""
+    chosen: dict[tuple[str, str, int | None], _Entry] = {}
+    for entry in sorted(entries, key=lambda e: (e.record.provenance.started, e.record.id)):
+        chosen[entry.record.spec.method, entry.record.spec.target, entry.record.spec.seed] = entry
+    return list(chosen.values())
 
 
 def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
@@ -272,7 +281,7 @@ def _rows(entries: list[_Entry], baseline: float | None) -> list[Row]:
     by_method: dict[str, list[_Entry]] = {}
     for entry in entries:
         by_method.setdefault(entry.record.spec.method, []).append(entry)
-    return [_row(method, by_method[method], baseline) for method in sorted(by_method)]
+    return [_row(method, by_method[method], baseline) for method in sorted(by_method, key=lambda m: (m != DENSE, m))]
 
 
 def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
@@ -286,7 +295,7 @@ def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
         method=method,
         values=values,
         seeds=tuple(e.record.spec.seed for e in entries),
-        change=None if baseline is None or is_baseline else mean / baseline - 1,
+        change=None if not baseline or is_baseline else mean / baseline - 1,
         prune_seconds=statistics.fmean(e.record.prune_seconds for e in entries),
         peak_bytes=max(peaks, default=None),
         sparsity_prunable=statistics.fmean(a.sparsity_prunable for a in audits) if audits else 0.0,
@@ -298,9 +307,11 @@ def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
 
 
 def _section_markdown(section: Section) -> str:
-    parts = [f"## {section_title(section)}", "\n".join(f"* {note}" for note in section_notes(section))]
+    notes = "\n".join(f"* {_one_line(note)}" for note in section_notes(section))
+    parts = [f"## {_one_line(section_title(section))}", notes]
     for table in section.tables:
-        frame = pd.DataFrame([cells(row) for row in table.rows], columns=columns(section))
+        rows = [[_one_line(cell) for cell in cells(row)] for row in table.rows]
+        frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section)])
         align = ["left"] + ["right"] * (len(frame.columns) - 1)
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
         parts.append(f"### {target_title(table.target)}\n\n{text}")
@@ -309,11 +320,15 @@ def _section_markdown(section: Section) -> str:
 
 def target_title(target: str) -> str:
     """A target as a heading."""
-    return target if ":" in target or target == DENSE else f"{float(target):.0%} unstructured"
+    return target if ":" in target or target == DENSE else f"{float(target) * 100:g}% unstructured"
 
 
 def _uses_data(record: RunRecord) -> bool:
     return record.spec.recipe.calibration is not None or record.spec.recipe.training is not None
+
+
+def _eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:
+    return next((spec.revision for spec in record.spec.evals if spec.conditions == score.conditions), None)
 
 
 def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:

@@ -189,6 +189,11 @@ class Failure(_Frozen):
     step: str | None
 
 
+def _with_checksum(schema: dict[str, Any]) -> None:
+    """The checksum stands in the file only."""
+    schema["properties"]["checksum"] = {"type": "string", "description": "SHA-256 of the rest, as canonical JSON"}
+
+
 class RunRecord(_Frozen):
     """One run and what came out."""
 
@@ -205,7 +210,9 @@ class RunRecord(_Frozen):
     extra_parameters: int = 0
     provenance: Provenance
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True, json_schema_extra=_with_checksum
+    )
 
     @property
     def prune_seconds(self) -> float:
@@ -250,5 +257,5 @@ def _by_content(data: Any) -> Any:
 
 
 def slug(text: str) -> str:
-    """A file name of `[a-z0-9.+-]` that cannot leave its folder."""
-    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-.") or "x"
+    """A file name of at most 100 of `[a-z0-9.+-]` that cannot leave its folder."""
+    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-.")[:100].rstrip("-.") or "x"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,9 +158,10 @@ class ResultStore:
         return None
 
 
-def _weight(stored: Stored) -> tuple[bool, str, str]:
+def _weight(stored: Stored) -> tuple[bool, str, int]:
     record = stored.record
-    return (record.status != "failed", record.provenance.started, stored.path)
+    attempt = re.search(r"\.(\d+)\.json$", stored.path)
+    return (record.status != "failed", record.provenance.started, int(attempt[1]) if attempt else 1)
 
 
 def _sync_folder(folder: Path) -> None:

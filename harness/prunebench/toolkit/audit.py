@@ -97,7 +97,7 @@ class Before:
                 raise ContractError(f"the step changed {name}, which it does not declare.")
         if not changes & Changes.KEPT_WEIGHTS:
             for matrix in self._anatomy.matrices:
-                self._check_survivors(matrix)
+                self._check_survivors(matrix, changes)
 
     def check_masks(self, changes: Changes) -> None:
         """Compare the masks with those of earlier steps.
@@ -109,7 +109,7 @@ class Before:
             return
         for name, mask in self._anatomy.masks.items():
             old = self.masks.get(name)
-            if old is None and not changes & Changes.MASK_GROWS:
+            if old is None and not changes & Changes.MASK_GROWS and not bool(mask.all()):
                 raise ContractError(f"the step masked {name}, and does not declare to change masks.")
             if old is not None and bool((mask & ~old).any()):
                 raise ContractError(
@@ -118,12 +118,15 @@ class Before:
             if old is not None and not changes & Changes.MASK_GROWS and not torch.equal(mask, old):
                 raise ContractError(f"the step changed the mask of {name}, and does not declare to change masks.")
 
-    def _check_survivors(self, matrix: LinearMatrix) -> None:
+    def _check_survivors(self, matrix: LinearMatrix, changes: Changes) -> None:
         mask = self._anatomy.masks.get(matrix.name)
         now, was = _bits(matrix.weight), _bits(self.weight(matrix))
         differs = now != was
         if mask is not None:
             differs &= mask.to(differs.device)
+        old = self.masks.get(matrix.name)
+        if old is not None and changes & Changes.MASK_MOVES:  # what comes back takes its dense value
+            differs &= old.to(differs.device) | (now != _bits(self._dense.weight(matrix)))
         if bool(differs.any()):
             raise ContractError(
                 f"the step changed {int(differs.sum())} surviving entries of {matrix.name}, and does not declare KEPT_WEIGHTS."
@@ -230,7 +233,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _kind_of(name: str, anatomy: ModelAnatomy) -> Changes:
     """Which declaration covers a parameter outside the prunable matrices."""
     owner, _, leaf = name.rpartition(".")
-    module = anatomy.model.get_submodule(owner) if owner else anatomy.model
+    try:
+        module = anatomy.model.get_submodule(owner)
+    except AttributeError:
+        return Changes.NOTHING  # the module is gone, and no declaration covers that
     head = anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     kind = Changes.NOTHING
     if leaf == "bias":

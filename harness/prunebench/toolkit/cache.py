@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,14 +43,16 @@ def digest_array(array: np.ndarray[Any, Any]) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """The digest of a file's bytes; remembered by path, size and modification time."""
+    """The digest of a file's bytes; remembered by path, size and times (of change too: a copy may keep the other one)."""
     stat = path.stat()
-    key = digest([str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)])
+    key = digest([str(path.resolve()), *map(str, (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))])
     note = cache_folder() / "hashes" / key
     try:
-        return note.read_text(encoding="ascii")
-    except OSError:
-        pass  # not remembered yet
+        remembered = note.read_text(encoding="ascii")
+        if re.fullmatch("[0-9a-f]{16}", remembered):
+            return remembered
+    except (OSError, UnicodeDecodeError):
+        pass  # not remembered yet, or no longer readable
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -63,10 +66,10 @@ def load_arrays(kind: str, key: str) -> Arrays | None:
     """Arrays kept under a key, or None."""
     path = cache_folder() / kind / f"{key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError):
-        return None  # absent, or cut short: made again
+    except Exception:  # noqa: BLE001 - absent, cut short or changed, of which zipfile alone raises five kinds: made again
+        return None
 
 
 def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -78,10 +81,13 @@ def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]])
 
 
 def _write(path: Path, data: bytes) -> None:
+    aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            aside = Path(file.name)
             file.write(data)
-        Path(file.name).replace(path)
-    except OSError:
-        return  # a read-only or full disk: the work is done again next time
+        aside.replace(path)
+    except OSError:  # a read-only or full disk: the work is done again next time
+        if aside is not None:
+            aside.unlink(missing_ok=True)

@@ -43,6 +43,8 @@ class Stream:
     ids: TokenArray
     documents: TokenArray
     source: Source
+    window: int | None = None
+    """Tokens a window, where the file holds windows."""
 
 
 class Vocabulary:
@@ -178,7 +180,11 @@ def packed_windows(name: str, split: str, vocabulary: Vocabulary, length: int, t
     """
     if name.endswith(".npy"):
         found = token_file(name, vocabulary, folder)
-        return Tokens(found.array[: tokens // found.array.shape[1]] if tokens else found.array, found.source, found.content)
+        width = found.array.shape[1]
+        array = found.array[: tokens // width] if tokens else found.array
+        if not len(array):
+            raise DataError(f"{name} has windows of {width} tokens, and {tokens} tokens are fewer than one.")
+        return Tokens(array, found.source, digest_array(array))
     stream = token_stream(load_text(name, split, folder), vocabulary)
     usable = min(len(stream.ids), tokens or len(stream.ids)) // length
     if not usable:
@@ -213,7 +219,7 @@ def stream_file(name: str, vocabulary: Vocabulary, folder: Path) -> Stream:
     vocabulary.check(array, name)
     width = array.shape[-1]
     documents = np.arange(array.size, dtype=np.int64) // width
-    return Stream(array.reshape(-1), documents, _file_source(name, folder))
+    return Stream(array.reshape(-1), documents, _file_source(name, folder), width if array.ndim == 2 else None)
 
 
 def read_token_file(name: str, folder: Path) -> TokenArray:
@@ -223,8 +229,11 @@ def read_token_file(name: str, folder: Path) -> TokenArray:
         DataError: it is not there, or not an integer array.
     """
     try:
-        array = np.load(resolve_file(name, folder), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with resolve_file(name, folder).open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - numpy's reader raises many kinds, down to the tokenizer's of Python
         raise DataError(f"{name} cannot be read as a numpy array: {error}.") from None
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
         raise DataError(f"{name} must hold integers, and holds {getattr(array, 'dtype', type(array).__name__)}.")

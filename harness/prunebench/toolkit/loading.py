@@ -114,7 +114,7 @@ def identify(source: ModelSource) -> ModelIdentity:
                 shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
             has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES[:3])
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) if has_tokenizer else None
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
     settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
@@ -138,8 +138,9 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=DTYPES[dtype],
-                use_safetensors="pickle" not in source.allowed,
+                use_safetensors=_weight_files(source)[0].suffix == ".safetensors",  # what `identify` has hashed
                 trust_remote_code="remote-code" in source.allowed,
+                ignore_mismatched_sizes=True,  # told below, by name
                 output_loading_info=True,
             )
     except Exception as error:  # a cut or foreign file raises one of many kinds, down to safetensors' own
@@ -150,6 +151,9 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"the weights of {source.name} lack {len(missing)} parameters, the first is {missing[0]}.")
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(f"{name} of {source.name} is {list(found)} in its file, and its config.json says {list(wanted)}.")
     model.train(False)
     return model
 
@@ -208,8 +212,10 @@ def _weight_files(source: ModelSource) -> list[Path]:
 def _wants_code(folder: Path) -> bool:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder.name}/config.json cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder.name}/config.json holds no settings: it is not a JSON object.")
     return "auto_map" in found
 
 

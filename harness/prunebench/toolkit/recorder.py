@@ -34,7 +34,9 @@ class BlockCall:
 
         def fit(value: Any) -> Any:
             if isinstance(value, _PerSequence):
-                value = value.part.repeat(batch, *[1] * (value.part.ndim - 1))
+                parts, *rest = value.part.shape
+                # A view wherever it can be one: an attention mask of a whole batch may be a gigabyte.
+                value = value.part.expand(batch, *rest) if parts == 1 else torch.cat([value.part] * batch)
             follows = dtype != self.dtype and isinstance(value, torch.Tensor) and value.is_floating_point()
             return value.to(dtype) if follows else value
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+_PRODUCTS: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_CUDNN: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
 
 
 def capture() -> dict[str, Any]:
@@ -19,9 +22,9 @@ def capture() -> dict[str, Any]:
         "torch's random generator": torch.get_rng_state(),
         "the device's random generator": _device_generator(),
         "grad mode": torch.is_grad_enabled(),
-        "TF32 in products": torch.backends.cuda.matmul.allow_tf32,
-        "TF32 in cuDNN": torch.backends.cudnn.allow_tf32,
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "TF32 in products": (_older(torch.get_float32_matmul_precision), *(part.fp32_precision for part in _PRODUCTS)),
+        "TF32 in cuDNN": (_older(lambda: torch.backends.cudnn.allow_tf32), *(part.fp32_precision for part in _CUDNN)),
+        "deterministic algorithms": torch.get_deterministic_debug_mode(),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),
     }
@@ -35,9 +38,8 @@ def restore(state: dict[str, Any]) -> None:
     if state["the device's random generator"] is not None:
         torch.cuda.set_rng_state(state["the device's random generator"])
     torch.set_grad_enabled(state["grad mode"])
-    torch.backends.cuda.matmul.allow_tf32 = state["TF32 in products"]
-    torch.backends.cudnn.allow_tf32 = state["TF32 in cuDNN"]
-    torch.use_deterministic_algorithms(state["deterministic algorithms"])
+    _restore_precision(state["TF32 in products"], state["TF32 in cuDNN"])
+    torch.set_deterministic_debug_mode(state["deterministic algorithms"])
     torch.set_default_dtype(state["the default dtype"])
     if torch.get_num_threads() != state["the number of threads"]:
         torch.set_num_threads(state["the number of threads"])
@@ -57,6 +59,25 @@ def guarded(changed: list[str]) -> Iterator[None]:
     finally:
         changed += differences(before, capture())
         restore(before)
+
+
+def _older(read: Callable[[], Any]) -> Any:
+    """A setting of PyTorch's older interface, or None: it cannot be read once the newer one disagrees with it."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+def _restore_precision(products: tuple[Any, ...], cudnn: tuple[Any, ...]) -> None:
+    """The older settings first: they overwrite the newer ones."""
+    _PRODUCTS[0].fp32_precision = "none"
+    if products[0] is not None:
+        torch.set_float32_matmul_precision(products[0])
+    if cudnn[0] is not None:
+        torch.backends.cudnn.allow_tf32 = cudnn[0]
+    for part, precision in zip(_PRODUCTS + _CUDNN, products[1:] + cudnn[1:], strict=True):
+        part.fp32_precision = precision
 
 
 def _device_generator() -> torch.Tensor | None:

@@ -113,11 +113,13 @@ def load_text(name: str, split: str, folder: Path) -> Text:
     split = named_split or split
     if base in KNOWN:
         known = KNOWN[base]
-        return _load_dataset(known.repo, known.config, split, known.joining, known.articles, dict(known.shards).get(split))
+        shard = dict(known.shards).get(split)
+        return _load_dataset(_mirror(), known.repo, known.config, split, known.joining, known.articles, shard)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", base)
     if match is None or name.endswith(".npy"):
         raise UnknownNameError.among("text source", name, [*KNOWN, "OWNER/NAME[/CONFIG]", "FILE.txt", "FILE.npy"])
-    return _load_dataset(match[1], match[2] or "default", split, "\n\n", match[1] == KNOWN["wikitext2"].repo, None)
+    articles = match[1] == KNOWN["wikitext2"].repo
+    return _load_dataset(_mirror(), match[1], match[2] or "default", split, "\n\n", articles, None)
 
 
 def resolve_file(name: str, folder: Path) -> Path:
@@ -143,9 +145,14 @@ def _load_file(name: str, folder: Path) -> Text:
     return Text([content], "", True, Source(path.name, "", "", "file", digest([content]), True))
 
 
+def _mirror() -> str | None:
+    return os.environ.get("PRUNEBENCH_MIRROR")
+
+
 @cache
-def _load_dataset(repo: str, config: str, split: str, joining: str, articles: bool, shard: str | None) -> Text:
-    mirror = os.environ.get("PRUNEBENCH_MIRROR")
+def _load_dataset(
+    mirror: str | None, repo: str, config: str, split: str, joining: str, articles: bool, shard: str | None
+) -> Text:
     rows = _from_mirror(Path(mirror), repo, config, split) if mirror else _from_hub(repo, config, split, shard)
     if not any(row.strip() for row in rows):
         raise DataError(f"the data set {repo} ({config}, {split}) holds no text.")
@@ -163,9 +170,17 @@ def _from_mirror(mirror: Path, repo: str, config: str, split: str) -> list[str]:
         raise DataError(
             f"the mirror holds no {repo}, {config}, {split}: PRUNEBENCH_MIRROR has {', '.join(there[:8]) or 'nothing of it'}."
         )
-    with _QuietDatasets():
-        table = datasets.Dataset.from_json(str(path), keep_in_memory=True)
-    return _text_column(table, repo)
+    try:
+        with _QuietDatasets():
+            return _text_column(datasets.Dataset.from_json(str(path), keep_in_memory=True), repo)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a cut or foreign file raises one of many kinds, an empty one StopIteration
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise DataError(
+            f"the mirror's {path.relative_to(mirror / 'datasets').as_posix()} cannot be read as JSON lines: "
+            f"{reason[0] if reason else 'it is empty'}."
+        ) from None
 
 
 def _from_hub(repo: str, config: str, split: str, shard: str | None) -> list[str]:
@@ -190,7 +205,7 @@ def _text_column(table: object, repo: str) -> list[str]:
     columns = list(getattr(table, "column_names", []))
     if "text" not in columns:
         raise DataError(f"the data set {repo} has no column 'text'; its columns are {', '.join(columns)}.")
-    return [str(row) for row in table["text"]]  # type: ignore[index]
+    return ["" if row is None else str(row) for row in table["text"]]  # type: ignore[index]
 
 
 class _QuietDatasets:

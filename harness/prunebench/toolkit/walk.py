@@ -232,7 +232,7 @@ class _Stream:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module and all inside it in eval mode, and each back in the mode it was in."""
-    modes = [(inner, inner.training) for inner in module.modules() if inner.training]
+    modes = [(inner, inner.training) for inner in module.modules()]
     for inner, _ in modes:
         inner.training = False
     try:

@@ -35,7 +35,7 @@ class Perplexity(Eval):
     revision: ClassVar[int] = 1
 
     data: str = option("wikitext2", "wikitext2, c4, OWNER/NAME[/CONFIG][:SPLIT], FILE.txt or FILE.npy")
-    window: int = option(0, "tokens a window; 0 is the model's context, at most 2048")
+    window: int = option(0, "tokens a window; 0 is the file's, or the model's context, at most 2048")
     windows: int = option(0, "use only so many windows from the start; 0 is all")
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Perplexity(Eval):
     def conditions(self, facts: EvalFacts) -> JsonDict:
         """Data set, split, content, window, joining."""
         stream, joining = self._stream(facts)
-        window = self._window(facts)
+        window = self._window(facts, stream)
         windows = self._count(stream, window)
         return {
             "data": stream.source.name,
@@ -95,11 +95,15 @@ class Perplexity(Eval):
         text = load_text(self.data, "validation" if is_c4 else "test", folder)
         return token_stream(text, vocabulary, C4_ROWS if is_c4 else None), repr(text.joining)
 
-    def _window(self, facts: EvalFacts) -> int:
+    def _window(self, facts: EvalFacts, stream: Stream) -> int:
         context = int(getattr(facts.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
-        if self.window > context:
-            raise DataError(f"perplexity: a window of {self.window} is longer than the model's context of {context}.")
-        return self.window or min(context, DEFAULT_LENGTH)
+        if stream.window and self.window not in (0, stream.window):
+            raise DataError(f"perplexity: {self.data} holds windows of {stream.window} tokens, and window is {self.window}.")
+        window = self.window or stream.window or min(context, DEFAULT_LENGTH)
+        if not 2 <= window <= context:
+            bound = f"longer than the model's context of {context}" if window > context else "too short to predict anything"
+            raise DataError(f"perplexity: a window of {window} is {bound}.")
+        return window
 
     def _count(self, stream: Stream, window: int) -> int:
         there = len(stream.ids) // window

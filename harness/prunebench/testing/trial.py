@@ -1,0 +1,207 @@
+"""One pruner on one fresh tiny model: what every law starts from."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest import SkipTest
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from prunebench.options import canonical
+from prunebench.spec import Changes, JsonDict, Pruner
+from prunebench.targets import NM, Dense, Target, Unstructured
+from prunebench.testing.models import make_job, tiny_model
+from prunebench.testing.traces import Counted
+from prunebench.toolkit.anatomy import find_anatomy
+from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.masks import keep_mask
+from prunebench.toolkit.state import guarded
+
+Factory = Callable[[], Pruner]
+"""A pruner class, or anything that makes a pruner: `partial(Magnitude, group="row")`."""
+
+MASK_CHANGES = Changes.MASK_GROWS | Changes.MASK_MOVES
+
+Contents = dict[str, torch.Tensor]
+
+
+class CheckFailed(AssertionError):
+    """A pruner breaks a law; the message is one sentence."""
+
+
+class Declined(SkipTest):
+    """The pruner refuses everything that the law would ask of it on this family; a skipped test under pytest."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a pruner is asked for, and what an earlier step has left."""
+
+    target: Target
+    earlier: Target | None = None
+    """An earlier step removed so much of each row, or group, at random."""
+
+    def __str__(self) -> str:
+        return f"{self.target} after an earlier step at {self.earlier}" if self.earlier else str(self.target)
+
+
+class Trial:
+    """A pruner's instance, a model of its own, and the job."""
+
+    def __init__(
+        self,
+        make: Factory,
+        family: str,
+        task: Task,
+        *,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 3,
+        pruner: Pruner | None = None,
+    ) -> None:
+        self.pruner = pruner or make()
+        self.task = task
+        self.model = tiny_model(family, dtype=dtype)
+        self.anatomy = find_anatomy(self.model)
+        self.dense = DenseWeights(self.anatomy)
+        self.notes: JsonDict = {}
+        self.placement = Counted()
+        self.state_changed: list[str] = []
+        """Global state that `prune` left changed."""
+        self.written = io.StringIO()
+        self.warned: list[str] = []
+        if task.earlier:
+            generator = torch.Generator().manual_seed(4)
+            for matrix in self.anatomy.matrices:
+                matrix.keep(keep_mask(torch.rand(matrix.shape, generator=generator), task.earlier, "row"))
+        self.job = make_job(
+            self.pruner,
+            self.model,
+            task.target,
+            batch_size=batch_size,
+            anatomy=self.anatomy,
+            dense=self.dense,
+            placement=self.placement,
+            notes=self.notes,
+        )
+
+    @property
+    def group(self) -> str:
+        """In which the target is exact: the pruner's own, or the earlier step's where only that made masks."""
+        return self.pruner.audit_group() if self.pruner.changes() & MASK_CHANGES else "row"
+
+    def prune(self) -> Trial:
+        """Take the step; global state is restored afterwards, and what the step changed, wrote and warned of is remembered.
+
+        Raises:
+            CheckFailed: the pruner raises.
+        """
+        quiet = redirect_stdout(self.written), redirect_stderr(self.written)
+        with quiet[0], quiet[1], guarded(self.state_changed), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")  # whatever the test run makes of warnings, they break one law, not all
+            try:
+                self.pruner.prune(self.job)
+            except Exception as error:
+                raise CheckFailed(f"prune raised at {self.task}: {type(error).__name__}: {error}") from error
+        self.warned = [str(warning.message) for warning in warned]
+        return self
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Make whatever is raised inside a `CheckFailed`, so that an excuse covers it; also a decorator."""
+    try:
+        yield
+    except (CheckFailed, Declined):
+        raise
+    except AssertionError as error:
+        raise CheckFailed(str(error)) from error
+    except Exception as error:
+        raise CheckFailed(f"{type(error).__name__}: {error}") from error
+
+
+def tasks(make: Factory, family: str, targets: Sequence[Target]) -> list[Task]:
+    """What the pruner accepts: the targets; for one that makes no masks `dense`, and the targets left by an earlier step.
+
+    Raises:
+        Declined: it refuses all of them.
+    """
+    pruner = make()
+    masks = bool(pruner.changes() & MASK_CHANGES)
+    wanted = [Task(target) for target in targets] if masks else [Task(Dense()), *(Task(t, earlier=t) for t in targets)]
+    reasons = {task: refusal(pruner, tiny_model(family), task) for task in wanted}
+    accepted = [task for task, reason in reasons.items() if reason is None]
+    if not accepted:
+        raise Declined(f"{label(make)} refuses {family}: {next(iter(reasons.values()))}")
+    return accepted
+
+
+def refusal(pruner: Pruner, model: PreTrainedModel, task: Task) -> str | None:
+    """Why the harness, or the pruner, declines the task, or None."""
+    facts = find_anatomy(model).facts(task.target, ("earlier",) if task.earlier else ())
+    return (facts.misfit() if pruner.changes() & MASK_CHANGES else None) or pruner.refuses(facts)
+
+
+def lighter(target: Target) -> Target | None:
+    """A target whose masks can grow into this one's, or None."""
+    if isinstance(target, Unstructured) and target.sparsity:
+        return Unstructured(target.sparsity / 2)
+    return NM(target.keep + 1, target.of) if isinstance(target, NM) and target.keep + 1 < target.of else None
+
+
+def label(make: Factory) -> str:
+    """The pruner as a step is written, with the options that differ from their defaults."""
+    pruner = make()
+    return canonical(pruner.name, pruner)
+
+
+def linears(model: PreTrainedModel) -> Contents:
+    """The prunable weights [outputs, inputs] by module name, found without the toolkit: every linear but the head."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            weight = module.weight.detach()
+            found[name] = weight.t() if isinstance(module, Conv1D) else weight
+    return found
+
+
+def zeros(model: PreTrainedModel) -> Contents:
+    """Where the prunable weights are zero, [outputs, inputs] by module name."""
+    return {name: weight == 0 for name, weight in linears(model).items()}
+
+
+def contents(model: nn.Module) -> Contents:
+    """A copy of every parameter and buffer under each of its names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def ties(model: nn.Module) -> set[frozenset[str]]:
+    """Groups of parameter names that share memory."""
+    places: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(parameter.data_ptr(), set()).add(name)
+    return {frozenset(group) for group in places.values() if len(group) > 1}
+
+
+def differing(before: Contents, now: Contents) -> list[str]:
+    """Names of what was added, removed, or differs in a bit, a shape or a dtype."""
+    names = sorted(before.keys() | now.keys())
+    return [name for name in names if name not in before or name not in now or not same_bits(before[name], now[name])]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal as bit patterns: tells -0.0 from 0.0."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of each entry, [..., bytes]."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)

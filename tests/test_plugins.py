@@ -87,7 +87,7 @@ BROKEN = {
     "abstract": pruner("abstract").replace("class Mine(Base)", "class Mine(Pruner)"),
     "no-dataclass": pruner("no-dataclass").replace("@dataclass\n", ""),
     "no-name": pruner("no-name").replace("    name: ClassVar[str] = 'no-name'\n", ""),
-    "bad-name": pruner("Bad Name"),
+    "bad-name": pruner("bad name"),
     "no-default": pruner("no-default").replace(' = option(0.5, "how much")', ""),
     "unreadable": pruner("unreadable").replace("strength: float", "strength: 'NobodyKnows'"),
     "default-raises": pruner("default-raises").replace(

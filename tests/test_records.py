@@ -167,7 +167,7 @@ def test_a_record_survives_json(record: RunRecord) -> None:
 def test_the_json_is_readable_and_ends_with_its_checksum() -> None:
     text = make_record().to_json()
     assert text.endswith('"\n}\n')
-    assert list(json.loads(text))[0] == "schema"
+    assert next(iter(json.loads(text))) == "schema"
     assert list(json.loads(text))[-1] == "checksum"
     assert "naïve" in text
     assert text.count("\n") > 50
@@ -282,7 +282,7 @@ def test_file_stems(method: str, target: str) -> None:
 
 def test_a_file_stem_names_method_and_target() -> None:
     stem = make_spec("magnitude + perp[subset=norms]", "2:4").file_stem
-    assert stem.startswith("magnitude-+-perp-subset-norms--2of4-")
+    assert stem.startswith("magnitude-+-perp-subset-norms-2of4-")
 
 
 NAMES = [

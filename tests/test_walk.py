@@ -168,6 +168,17 @@ def test_changes_after_the_statistics_count_for_the_next_block() -> None:
             torch.testing.assert_close(torch.cat(list(block.batches())), wanted, **EXACT)
 
 
+def test_changes_after_a_visit_come_too_late_for_the_next_block() -> None:
+    """Its inputs are there when its visit begins."""
+    job = make_job(tiny(dtype=torch.float64), tokens_of())
+    for block in walk(job):
+        if block.index == 0:
+            wanted = torch.cat([block.forward(batch) for batch in block.batches()])
+        if block.index == 1:
+            job.anatomy.blocks[0].matrices[0].module.weight.data.zero_()
+            torch.testing.assert_close(torch.cat(list(block.batches())), wanted, **EXACT)
+
+
 def test_dropout_and_training_mode_do_not_reach_the_data() -> None:
     model = tiny("opt", torch.float64, dropout=0.5, attention_dropout=0.5, layerdrop=0.9).train()
     model.model.decoder.layers[1].eval()
@@ -661,10 +672,21 @@ class TupledWithNothing(PlainBlock):
         return self.mix(hidden_states), None
 
 
-@pytest.mark.parametrize("kind", [PlainBlock, Tupled, TupledWithNothing], ids=lambda kind: kind.__name__)
+class Unpacking(PlainModel):
+    """Takes the first of what its blocks return, which of a tensor would be the first sequence."""
+
+    def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        return block(hidden)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(PlainModel, PlainBlock), (Unpacking, Tupled), (Unpacking, TupledWithNothing)],
+    ids=lambda kind: kind.__name__,
+)
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_blocks_may_return_a_tensor_or_a_tuple(kind: type[PlainBlock], batch_size: int) -> None:
-    model = PlainModel(kind).double().eval()
+def test_blocks_may_return_a_tensor_or_a_tuple(make: type[PlainModel], kind: type[PlainBlock], batch_size: int) -> None:
+    model = make(kind).double().eval()
     job = make_job(model, tokens_of(), batch_size=batch_size)
     for block in walk(job):
         wanted = plain_inputs(model, job.calibration)[block.index]
@@ -878,28 +900,39 @@ class Precise(PlainBlock):
     """Adds an argument in more digits than the hidden state has."""
 
     def forward(self, hidden_states: torch.Tensor, shift: Any = None) -> Any:
-        assert shift.dtype == torch.float32 or hidden_states.dtype == torch.float64
+        assert shift.dtype in (torch.float32, hidden_states.dtype)
         return self.mix((hidden_states + shift).to(hidden_states.dtype))
 
 
-class WithPreciseArguments(PlainModel):
-    """A bfloat16 model that computes positions in float32."""
+class Strict(PlainBlock):
+    """Takes an argument of the hidden state's dtype only, as attention does with a mask of numbers."""
 
-    def __init__(self) -> None:
-        super().__init__(Precise)
+    def forward(self, hidden_states: torch.Tensor, shift: Any = None) -> Any:
+        assert shift.dtype == hidden_states.dtype
+        return self.mix(hidden_states + shift)
+
+
+class WithPositions(PlainModel):
+    """A bfloat16 model that computes positions in a dtype of their own."""
+
+    def __init__(self, block: type[PlainBlock], dtype: torch.dtype) -> None:
+        super().__init__(block)
+        self.positions = torch.linspace(0, 1, LENGTH)[None, :, None].to(dtype)
 
     def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return block(hidden, torch.linspace(0, 1, LENGTH)[None, :, None])
+        return block(hidden, self.positions)
 
 
-def test_arguments_keep_their_dtype_and_follow_a_replicas() -> None:
-    model = WithPreciseArguments().bfloat16().eval()
+@pytest.mark.parametrize(("kind", "dtype"), [(Precise, torch.float32), (Strict, torch.bfloat16)])
+def test_arguments_keep_their_dtype_and_follow_a_replicas(kind: type[PlainBlock], dtype: torch.dtype) -> None:
+    model = WithPositions(kind, dtype).bfloat16().eval()
     tokens = tokens_of()
     wanted = plain_inputs(model, tokens)
     for block in walk(make_job(model, tokens, batch_size=5)):
         (hidden,) = block.batches()
         assert same_bits(hidden, wanted[block.index])
-        assert block.replica(torch.float64).forward(hidden).dtype == torch.float64
+        for other in (torch.float32, torch.float64):
+            assert block.replica(other).forward(hidden).dtype == other
 
 
 class FinishingInPlace(PlainModel):

@@ -51,6 +51,8 @@ class Changes(enum.Flag):
     """Entries are removed, none is revived: the normal case."""
     MASK_MOVES = enum.auto()
     """Removed entries may come back; the target is audited again."""
+    MASKS = MASK_GROWS | MASK_MOVES
+    """Either: the step prunes."""
     KEPT_WEIGHTS = enum.auto()
     """The values of surviving entries."""
     BIASES = enum.auto()

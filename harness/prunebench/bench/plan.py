@@ -20,8 +20,6 @@ from prunebench.toolkit.calibration import SAMPLER, TokenArray, Tokens, calibrat
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
 from prunebench.toolkit.texts import Source
 
-MASK_CHANGES = Changes.MASK_GROWS | Changes.MASK_MOVES
-
 
 @dataclass(frozen=True)
 class RunTokens:
@@ -82,7 +80,7 @@ class Method:
     @property
     def is_dense(self) -> bool:
         """Whether no step lays a mask, so that the target is `dense`."""
-        return not any(pruner.changes() & MASK_CHANGES for pruner in self.pruners)
+        return not any(pruner.changes() & Changes.MASKS for pruner in self.pruners)
 
     @property
     def is_seeded(self) -> bool:

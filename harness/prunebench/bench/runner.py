@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from prunebench.bench import machine
 from prunebench.bench.measure import Cost, measured
-from prunebench.bench.plan import MASK_CHANGES, RunRequest, eval_facts
+from prunebench.bench.plan import RunRequest, eval_facts
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import Registry, load_registry
@@ -114,7 +114,7 @@ def ask_all(pruners: list[Pruner], anatomy: ModelAnatomy, target: Target, steps:
     """
     for index, pruner in enumerate(pruners):
         facts = anatomy.facts(target, tuple(steps[:index]))
-        reason = (facts.misfit() if pruner.changes() & MASK_CHANGES else None) or pruner.refuses(facts)
+        reason = (facts.misfit() if pruner.changes() & Changes.MASKS else None) or pruner.refuses(facts)
         if reason:
             raise Refused(reason)
 

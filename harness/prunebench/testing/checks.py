@@ -22,7 +22,6 @@ from prunebench.targets import NM, Target, Unstructured
 from prunebench.testing.models import SAMPLES, tiny_model
 from prunebench.testing.traces import Traces
 from prunebench.testing.trial import (
-    MASK_CHANGES,
     CheckFailed,
     Contents,
     Factory,
@@ -77,7 +76,7 @@ def check_zero_sparsity(make: Factory, family: str) -> None:
         removed = [name for name, mask in trial.anatomy.masks.items() if not bool(mask.all())]
         if removed:
             raise CheckFailed(f"the mask of {removed[0]} removes entries at a sparsity of 0.")
-        undeclared = _undeclared(trial.model, before, trial.pruner.changes() & ~MASK_CHANGES)
+        undeclared = _undeclared(trial.model, before, trial.pruner.changes() & ~Changes.MASKS)
         if undeclared:
             raise CheckFailed(f"{undeclared[0]} changed at a sparsity of 0, and the pruner does not declare it.")
 
@@ -184,7 +183,7 @@ def check_refuses_first(make: Factory, family: str) -> None:
         if answers != _answers(pruner, facts):
             raise CheckFailed(f"the pruner answers otherwise when it is asked about {target} a second time.")
         _check_answers(answers)
-        misfits = isinstance(target, NM) and bool(pruner.changes() & MASK_CHANGES)
+        misfits = isinstance(target, NM) and bool(pruner.changes() & Changes.MASKS)
         if misfits and not (facts.misfit() or answers["refuses"]):
             raise CheckFailed(f"{target} does not fit an input width of {ODD}, and nothing refuses it.")
     differ = differing(before, contents(model))
@@ -228,7 +227,7 @@ def _undeclared(model: PreTrainedModel, before: Contents, changes: Changes) -> l
     for name in differing(before, now):
         if name in matrices and before[name].shape == now[name].shape:
             changed = (bits(before[name]) != bits(now[name])).any(-1)
-            if changes & MASK_CHANGES:
+            if changes & Changes.MASKS:
                 changed &= now[name] != 0
             if changes & Changes.MASK_MOVES:
                 changed &= before[name] != 0

@@ -27,8 +27,6 @@ from prunebench.toolkit.state import guarded
 Factory = Callable[[], Pruner]
 """A pruner class, or anything that makes a pruner: `partial(Magnitude, group="row")`."""
 
-MASK_CHANGES = Changes.MASK_GROWS | Changes.MASK_MOVES
-
 Contents = dict[str, torch.Tensor]
 
 
@@ -65,7 +63,7 @@ class Trial:
         batch_size: int = 3,
         pruner: Pruner | None = None,
     ) -> None:
-        self.pruner = pruner or make()
+        self.pruner = make() if pruner is None else pruner
         self.task = task
         self.model = tiny_model(family, dtype=dtype)
         self.anatomy = find_anatomy(self.model)
@@ -94,7 +92,7 @@ class Trial:
     @property
     def group(self) -> str:
         """In which the target is exact: the pruner's own, or the earlier step's where only that made masks."""
-        return self.pruner.audit_group() if self.pruner.changes() & MASK_CHANGES else "row"
+        return self.pruner.audit_group() if self.pruner.changes() & Changes.MASKS else "row"
 
     def prune(self) -> Trial:
         """Take the step; global state is restored afterwards, and what the step changed, wrote and warned of is remembered.
@@ -133,7 +131,7 @@ def tasks(make: Factory, family: str, targets: Sequence[Target]) -> list[Task]:
         Declined: it refuses all of them.
     """
     pruner = make()
-    masks = bool(pruner.changes() & MASK_CHANGES)
+    masks = bool(pruner.changes() & Changes.MASKS)
     wanted = [Task(target) for target in targets] if masks else [Task(Dense()), *(Task(t, earlier=t) for t in targets)]
     reasons = {task: refusal(pruner, tiny_model(family), task) for task in wanted}
     accepted = [task for task, reason in reasons.items() if reason is None]
@@ -145,7 +143,7 @@ def tasks(make: Factory, family: str, targets: Sequence[Target]) -> list[Task]:
 def refusal(pruner: Pruner, model: PreTrainedModel, task: Task) -> str | None:
     """Why the harness, or the pruner, declines the task, or None."""
     facts = find_anatomy(model).facts(task.target, ("earlier",) if task.earlier else ())
-    return (facts.misfit() if pruner.changes() & MASK_CHANGES else None) or pruner.refuses(facts)
+    return (facts.misfit() if pruner.changes() & Changes.MASKS else None) or pruner.refuses(facts)
 
 
 def lighter(target: Target) -> Target | None:

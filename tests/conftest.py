@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # No test may reach the network; set before anything imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,7 +14,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from support import Bench, Ran, make_bench
+from support import Bench, Ran, make_bench, write_mirror
 from transformers.utils import logging
 
 from prunebench.plugins import Registry, load_registry
@@ -40,6 +41,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mirror only where a test asks for it."""
     monkeypatch.delenv("PRUNEBENCH_MIRROR", raising=False)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the test's own."""
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "own cache"))
+    return tmp_path / "own cache"
+
+
+@pytest.fixture
+def fake_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Sequence[Any]], Path]:
+    """Puts data sets into a mirror of the test's own."""
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+    return lambda name, rows: write_mirror(tmp_path / "mirror", name, rows)
 
 
 @pytest.fixture

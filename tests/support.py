@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ from prunebench.results.records import (
 )
 from prunebench.spec import Job, Needs, Placement
 from prunebench.targets import Target, Unstructured
-from prunebench.toolkit import Block, walk
+from prunebench.toolkit import Block, keep_mask, magnitude_scores, walk
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import quiet_transformers
@@ -67,6 +68,8 @@ from prunebench.toolkit.placement import Resident
 VOCABULARY = 48
 LENGTH = 7
 DEPTH = 3
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+"""Tolerances for float64: another order of sums, nothing more."""
 _LLAMA_LIKE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -216,6 +219,26 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
+def halve(block: Block) -> None:
+    """Prune the block, to change what the later ones read."""
+    for matrix in block.matrices:
+        matrix.keep(keep_mask(magnitude_scores(matrix.weight), Unstructured(0.5), "matrix"))
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """All that a walk could leave in a model: hooks, replaced forwards, modes, gradients."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        name: (
+            [len(getattr(module, kind)) for kind in hooks],
+            module.__dict__.get("forward"),
+            module.training,
+            [(id(p), p.requires_grad, p.grad is None) for p in module.parameters(recurse=False)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
 @contextlib.contextmanager
 def counted_calls(*modules: nn.Module) -> Iterator[dict[str, int]]:
     """How often any of the modules is called."""
@@ -268,6 +291,13 @@ class PlainModel(PreTrainedModel):
     def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         output = block(hidden)
         return output[0] if isinstance(output, tuple) else output
+
+
+class Rescaling(PlainModel):
+    """Changes the hidden state between its blocks."""
+
+    def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        return block(hidden) * 0.5
 
 
 # A bench of its own: a tiny model in a folder, texts, suites, strangers' plugins and the command
@@ -543,3 +573,42 @@ def make_record(
         "provenance": provenance,
     }
     return RunRecord(**fields | changes)
+
+
+# Texts and tokens
+
+
+class Letters:
+    """A tokenizer of one token a character, its ASCII code, that keeps what it was called with; `bos` comes first if given."""
+
+    is_fast = True
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos = [] if bos is None else [bos]
+        self.read: list[str] = []
+
+    def __call__(self, text: str, verbose: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
+        self.read.append(text)
+        ids = [*self.bos, *text.encode("ascii")]
+        offsets = [*((0, 0) for _ in self.bos), *((at, at + 1) for at in range(len(text)))]
+        return {"input_ids": ids, "offset_mapping": offsets}
+
+
+def write_mirror(folder: Path, name: str, rows: Sequence[Any]) -> Path:
+    """Put `owner/name/config/split` into a mirror: rows of text, or whole rows."""
+    path = folder / "datasets" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": row} if isinstance(row, str) else row) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing beyond it fails, as on a full disk, with the first bytes written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

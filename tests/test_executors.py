@@ -154,7 +154,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def _installed(plugin: Path) -> Iterator[None]:
+def installed(plugin: Path) -> Iterator[None]:
     """Here and in the fork server, which starts anew: it may run already, without the plugin."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(plugin))
@@ -163,7 +163,6 @@ def _installed(plugin: Path) -> Iterator[None]:
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
         yield
     load_registry.cache_clear()
-    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def alive(process: int) -> bool:
@@ -217,7 +216,7 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(_installed: None, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+def swept(installed: None, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """One sweep over everything that can go wrong, with good runs between."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "tmp").mkdir()
@@ -299,7 +298,7 @@ def test_progress_comes_through(swept: Swept) -> None:
 
 
 def test_a_run_that_ignores_the_request_to_end(
-    _installed: None, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    installed: None, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "GRACE_SECONDS", 0.3)
     (request,) = bench.requests(tmp_path, f"hostile[how=cling,mark={tmp_path / 'mark'}]")
@@ -309,7 +308,7 @@ def test_a_run_that_ignores_the_request_to_end(
     assert not alive(int((tmp_path / "mark").read_text()))
 
 
-def test_here_and_there_the_same_bits(_installed: None, bench: Bench, tmp_path: Path) -> None:
+def test_here_and_there_the_same_bits(installed: None, bench: Bench, tmp_path: Path) -> None:
     for request in bench.requests(tmp_path, "wanda", "hostile", "random + magnitude[group=row]", targets=["0.3"], seeds=[2]):
         here = InlineExecutor().execute(request, Silent().progress)
         there = SubprocessExecutor().execute(request, Silent().progress)
@@ -323,7 +322,7 @@ def test_here_and_there_the_same_bits(_installed: None, bench: Bench, tmp_path: 
 
 
 def test_a_kill_while_the_system_is_out_of_memory_is_told_apart(
-    _installed: None, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    installed: None, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = iter([3, 4])
     monkeypatch.setattr(executors, "_out_of_memory_kills", lambda: next(kills))

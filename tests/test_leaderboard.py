@@ -16,7 +16,8 @@ import pytest
 from support import C4_TEXT, CONDITIONS, make_record, make_spec
 
 from prunebench.plugins import load_registry
-from prunebench.results.leaderboard import Board, build_board, number, section_title, target_title, to_markdown
+from prunebench.results.board import Board, build_board
+from prunebench.results.leaderboard import number, target_title, to_markdown
 from prunebench.results.records import EvalSpec, Recipe, RunRecord
 from prunebench.results.store import ResultStore, Stored
 
@@ -159,7 +160,7 @@ def test_another_machine_or_model_is_another_section() -> None:
 def test_several_evaluations_are_several_sections() -> None:
     both = [EvalSpec(text="perplexity[data=c4]", revision=1, conditions=C4)]
     found = board(make_record(make_spec(more_evals=both), 80.0))
-    assert {section_title(section) for section in found.sections} == {
+    assert {section.title for section in found.sections} == {
         "tiny: perplexity on allenai/c4 (en, validation), window 256",
         "tiny: perplexity on Salesforce/wikitext (wikitext-2-raw-v1, test), window 512",
     }

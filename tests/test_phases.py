@@ -121,6 +121,14 @@ def test_clocks_of_one_step_after_another_are_apart(host: HostClock) -> None:
     assert second.seconds()["scoring"] == 2
 
 
+def test_a_clock_may_run_again_and_does_not_count_the_time_between(host: HostClock, clock: PhaseClock) -> None:
+    for seconds in (1, 2):
+        with clock.running(), phase("scoring"):
+            host.pass_by(seconds)
+        host.pass_by(4)
+    assert clock.seconds() == {"other": 0, "scoring": 3}
+
+
 def test_an_inner_clock_gives_the_outer_one_back(host: HostClock) -> None:
     outer, inner = PhaseClock(torch.device("cpu")), PhaseClock(torch.device("cpu"))
     with outer.running():

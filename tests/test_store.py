@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import make_record, make_spec, tree
+from support import files_no_larger_than, make_record, make_spec, tree
 
 from prunebench.errors import StoreError
 from prunebench.results import store as store_module
@@ -392,17 +391,6 @@ def test_a_full_disk_leaves_no_half_file(store: ResultStore, monkeypatch: pytest
     assert kept.exists()
     store.write(make_record(value=3.0))
     assert len(store.all()) == 2
-
-
-@contextlib.contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """Writing beyond it fails, as on a full disk, with the first bytes written."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_fills_while_writing_leaves_no_half_file(store: ResultStore, tmp_path: Path) -> None:

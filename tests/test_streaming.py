@@ -11,7 +11,7 @@ from support import (
     DEPTH,
     FAMILIES,
     LENGTH,
-    PlainModel,
+    Rescaling,
     changed,
     fingerprint,
     make_job,
@@ -180,13 +180,6 @@ def test_however_the_loop_ends_everything_is_back(leave: Callable[[Job], None]) 
     leave(job)
     assert placement.most_blocks == 1
     assert (placement.blocks, placement.batches) == ({}, 0)
-
-
-class Rescaling(PlainModel):
-    """Changes the hidden state between its blocks, which the walk refuses while it records."""
-
-    def step(self, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return block(hidden) * 0.5
 
 
 @pytest.mark.parametrize("first", range(DEPTH))

@@ -154,8 +154,9 @@ def report(
     Example: prunebench report --out leaderboard.md
     """
     from prunebench.plugins import load_registry
+    from prunebench.results.board import build_board
     from prunebench.results.files import write_text
-    from prunebench.results.leaderboard import build_board, to_markdown
+    from prunebench.results.leaderboard import to_markdown
     from prunebench.show import draw_board, print_board
 
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}

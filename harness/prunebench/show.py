@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunebench.results import leaderboard
-from prunebench.results.leaderboard import Board, Section
+from prunebench.results.board import Board, Section
 from prunebench.results.records import RunRecord
 
 WIDE = 116
@@ -43,7 +43,7 @@ def print_board(board: Board, console: Console) -> None:
     if not board.sections:
         console.print("There are no results yet.")
     for section in board.sections:
-        console.print(f"\n[bold]{escape(leaderboard.section_title(section))}[/]")
+        console.print(f"\n[bold]{escape(section.title)}[/]")
         for note in leaderboard.section_notes(section):
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
         for table in section.tables:

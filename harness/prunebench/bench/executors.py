@@ -110,7 +110,7 @@ def _listen(
     """Pass progress on until the child sends its record. None when it died without one."""
     while True:
         try:
-            while pipe.poll(POLL_SECONDS):
+            if pipe.poll(POLL_SECONDS):
                 kind, content = pipe.recv()
                 if kind == "record":
                     return str(content)
@@ -169,6 +169,7 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     with Path(log).open("w", encoding="utf-8", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
     from prunebench.bench.runner import run
 
     record = run(request, _Throttled(pipe), "subprocess")

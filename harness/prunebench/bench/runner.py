@@ -88,7 +88,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     placement = Resident(request.device)
     place_model(model, [block.module for block in anatomy.blocks], placement)
     dense = DenseWeights(anatomy, request.model.folder)
-    survivors_changed = False
+    survivors_changed, group = False, "row"
     for index, (spec, pruner) in enumerate(zip(request.spec.steps, pruners, strict=True)):
         outcome.current_step = spec.text
         progress(f"step {spec.text}", index, len(pruners))
@@ -100,7 +100,9 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         progress("audit", 0, 1)
         before.check_masks(pruner.changes())
         before.check_declared(pruner.changes())
-        outcome.finding = audit(anatomy, target, pruner.audit_group(), explained="extra_zeros" in notes)
+        if pruner.changes() & Changes.MASKS:
+            group = pruner.audit_group()  # a later step without masks is held to the pattern it found
+        outcome.finding = audit(anatomy, target, group, explained="extra_zeros" in notes)
         survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)
     outcome.current_step = None
     return model

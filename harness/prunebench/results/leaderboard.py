@@ -1,131 +1,11 @@
-"""From records to tables: the same records give the same bytes.
-
-Rows stand in one table only when their scores were measured under the same conditions, on the same machine, and the prunings
-that used data had the same recipe; methods that use no data match any recipe. Several seeds are one row. Rows are sorted by
-value and carry no ranks: an order of means is not evidence until a test says so.
-"""
+"""From boards to text: the page `leaderboard.md`, and the cells that the terminal shows too. The same records, the same bytes."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
-
 import pandas as pd
 
-from prunebench.results.records import Recipe, RunRecord, ScoreRecord, TextSpec, fingerprint
-from prunebench.results.store import Stored
-
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one target: its seeds together."""
-
-    method: str
-    values: tuple[float, ...]
-    seeds: tuple[int | None, ...]
-    change: float | None
-    """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
-    prune_seconds: float
-    peak_bytes: int | None
-    sparsity_prunable: float
-    sparsity_total: float
-    coverage: float
-    shared_machine: bool
-    ids: tuple[str, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds, or None for one."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def seeds_shown(self) -> str:
-        """How many seeds, or that there is nothing to repeat."""
-        return "deterministic" if self.seeds == (None,) else str(len(self.seeds))
-
-
-@dataclass(frozen=True)
-class Table:
-    """All methods at one target; dense on top."""
-
-    target: str
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Section:
-    """The tables of one set of conditions, recipe and machine."""
-
-    model: str
-    machine: str
-    score: str
-    unit: str
-    conditions: Mapping[str, Any]
-    recipe: Recipe | None
-    suites: tuple[str, ...]
-    tables: tuple[Table, ...]
-
-
-@dataclass(frozen=True)
-class Board:
-    """All there is to show."""
-
-    sections: tuple[Section, ...]
-    failed: tuple[RunRecord, ...]
-    refused: tuple[RunRecord, ...]
-    outdated: tuple[RunRecord, ...]
-
-    def only(self, text: str) -> Board:
-        """The board with those sections whose title contains `text`."""
-        return replace(self, sections=tuple(s for s in self.sections if text in section_title(s)))
-
-
-@dataclass
-class _Entry:
-    record: RunRecord
-    name: str
-    score: ScoreRecord
-
-
-@dataclass
-class _Bucket:
-    entries: list[_Entry] = field(default_factory=list)
-
-
-def build_board(stored: Iterable[Stored], revisions: Mapping[str, int] | None = None) -> Board:
-    """Group the latest records.
-
-    Args:
-        stored: records, as `ResultStore.latest` gives them.
-        revisions: the present revisions of pruners; records of another revision are outdated and stand in no table.
-    """
-    records = [item.record for item in sorted(stored, key=lambda item: item.path)]
-    outdated = [r for r in records if _is_outdated(r, revisions or {})]
-    present = [r for r in records if r not in outdated]
-    buckets: dict[tuple[str, str, str], _Bucket] = {}
-    for record in present:
-        if record.status == "ok":
-            for name, score in record.scores.items():
-                measured = {"conditions": dict(score.conditions), "revision": _eval_revision(record, score)}
-                key = (record.machine, record.spec.model.name, fingerprint(measured))
-                buckets.setdefault(key, _Bucket()).entries.append(_Entry(record, name, score))
-    sections = [section for key in sorted(buckets) for section in _sections(buckets[key].entries)]
-    by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
-    return Board(
-        sections=tuple(sections),
-        failed=tuple(sorted((r for r in present if r.status == "failed"), key=by_label)),
-        refused=tuple(sorted((r for r in present if r.status == "refused"), key=by_label)),
-        outdated=tuple(sorted(outdated, key=by_label)),
-    )
+from prunebench.results.board import DENSE, Board, Row, Section
+from prunebench.results.records import RunRecord, fingerprint
 
 
 def to_markdown(board: Board) -> str:
@@ -173,12 +53,6 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def section_title(section: Section) -> str:
-    """Model and evaluation in a line."""
-    what = section.conditions.get("eval", section.score)
-    return f"{section.model}: {what} on {data_label(section.conditions)}, window {section.conditions.get('window', '?')}"
-
-
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
@@ -198,17 +72,6 @@ def section_notes(section: Section) -> list[str]:
     if section.suites:
         notes.append("Reproduce: " + ", ".join(f"`prunebench run {suite}`" for suite in section.suites) + ".")
     return notes
-
-
-def data_label(conditions: Mapping[str, Any]) -> str:
-    """The evaluation's data as a record's text source prints it."""
-    keys = ("config", "split", "origin", "content")
-    text = TextSpec(
-        name=str(conditions.get("data", "?")),
-        complete=bool(conditions.get("complete", True)),
-        **{key: str(conditions.get(key, "")) for key in keys},
-    )
-    return text.label()
 
 
 def describe(record: RunRecord) -> str:
@@ -236,79 +99,9 @@ pruning without loading and evaluation, `peak MiB` the highest memory of the pro
 pruning; a `*` marks costs measured while other runs shared the machine."""
 
 
-def _sections(entries: list[_Entry]) -> list[Section]:
-    """One section a recipe; rows of methods without data stand in each."""
-    recipes = {fingerprint(e.record.spec.recipe): e.record.spec.recipe for e in entries if _uses_data(e.record)}
-    found = []
-    for key in sorted(recipes) or [""]:
-        members = [e for e in entries if not _uses_data(e.record) or fingerprint(e.record.spec.recipe) == key]
-        found.append(_section(_latest(members), recipes.get(key)))
-    return found
-
-
-def _latest(entries: list[_Entry]) -> list[_Entry]:
-    """One entry a method, target and seed: runs that differ only in what else they measured are one, not two seeds."""
-    chosen: dict[tuple[str, str, int | None], _Entry] = {}
-    for entry in sorted(entries, key=lambda e: (e.record.provenance.started, e.record.id)):
-        chosen[entry.record.spec.method, entry.record.spec.target, entry.record.spec.seed] = entry
-    return list(chosen.values())
-
-
-def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
-    dense = [e for e in entries if e.record.spec.target == DENSE]
-    baseline = next((e.score.value for e in dense if e.record.spec.method == DENSE), None)
-    targets = sorted({e.record.spec.target for e in entries} - {DENSE}, key=_target_order)
-    lower_first = not entries[0].score.higher_is_better
-    tables = []
-    for target in targets or [DENSE]:
-        at_target = [e for e in entries if e.record.spec.target == target] if targets else []
-        rows = sorted(_rows(at_target, baseline), key=lambda row: (row.mean if lower_first else -row.mean, row.method))
-        tables.append(Table(target, (*_rows(dense, baseline), *rows)))
-    first = entries[0]
-    return Section(
-        model=first.record.spec.model.name,
-        machine=first.record.machine,
-        score=first.name,
-        unit=first.score.unit,
-        conditions=first.score.conditions,
-        recipe=recipe,
-        suites=tuple(sorted({e.record.provenance.suite for e in entries if e.record.provenance.suite})),
-        tables=tuple(tables),
-    )
-
-
-def _rows(entries: list[_Entry], baseline: float | None) -> list[Row]:
-    by_method: dict[str, list[_Entry]] = {}
-    for entry in entries:
-        by_method.setdefault(entry.record.spec.method, []).append(entry)
-    return [_row(method, by_method[method], baseline) for method in sorted(by_method, key=lambda m: (m != DENSE, m))]
-
-
-def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
-    entries = sorted(entries, key=lambda e: (-1 if e.record.spec.seed is None else e.record.spec.seed))
-    values = tuple(e.score.value for e in entries)
-    audits = [e.record.audit for e in entries if e.record.audit is not None]
-    peaks = [e.record.peak_bytes for e in entries if e.record.peak_bytes is not None]
-    is_baseline = method == DENSE and entries[0].record.spec.target == DENSE
-    mean = statistics.fmean(values)
-    return Row(
-        method=method,
-        values=values,
-        seeds=tuple(e.record.spec.seed for e in entries),
-        change=None if not baseline or is_baseline else mean / baseline - 1,
-        prune_seconds=statistics.fmean(e.record.prune_seconds for e in entries),
-        peak_bytes=max(peaks, default=None),
-        sparsity_prunable=statistics.fmean(a.sparsity_prunable for a in audits) if audits else 0.0,
-        sparsity_total=statistics.fmean(a.sparsity_total for a in audits) if audits else 0.0,
-        coverage=statistics.fmean(a.coverage for a in audits) if audits else 0.0,
-        shared_machine=any(e.record.provenance.shared_machine for e in entries),
-        ids=tuple(e.record.id for e in entries),
-    )
-
-
 def _section_markdown(section: Section) -> str:
     notes = "\n".join(f"* {_one_line(note)}" for note in section_notes(section))
-    parts = [f"## {_one_line(section_title(section))}", notes]
+    parts = [f"## {_one_line(section.title)}", notes]
     for table in section.tables:
         rows = [[_one_line(cell) for cell in cells(row)] for row in table.rows]
         frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section)])
@@ -323,19 +116,6 @@ def target_title(target: str) -> str:
     return target if ":" in target or target == DENSE else f"{float(target) * 100:g}% unstructured"
 
 
-def _uses_data(record: RunRecord) -> bool:
-    return record.spec.recipe.calibration is not None or record.spec.recipe.training is not None
-
-
-def _eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:
-    return next((spec.revision for spec in record.spec.evals if spec.conditions == score.conditions), None)
-
-
-def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
-    names = [(step.text.partition("[")[0], step.revision) for step in record.spec.steps]
-    return any(revisions.get(name, revision) != revision for name, revision in names)
-
-
 def _reason(record: RunRecord) -> str:
     if record.failure is not None:
         return f"{record.failure.kind}: {record.failure.message}"
@@ -346,8 +126,3 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _target_order(target: str) -> tuple[int, float, str]:
-    if ":" in target:
-        keep, _, of = target.partition(":")
-        return (1, 1 - int(keep) / int(of), f"{int(of):04}")
-    return (0, float(target), "")

@@ -195,7 +195,7 @@ def packed_windows(name: str, split: str, vocabulary: Vocabulary, length: int, t
 
 def token_stream(text: Text, vocabulary: Vocabulary, rows: int | None = None) -> Stream:
     """A text tokenized once, its first `rows` rows joined as its kind is (`methods.md` 1.5), with each token's document."""
-    key = digest(["stream-v1", text.source.content, text.joining, str(rows), vocabulary.content])
+    key = digest(["stream-v2", text.source.content, text.joining, str(rows), vocabulary.content])
     kept = load_arrays("streams", key)
     if kept is None:
         ids, offsets = vocabulary.encode_with_offsets(text.joined(rows))

@@ -416,7 +416,7 @@ def start_command(*args: str | Path, path: Path | None = None, cwd: Path | None 
         [Path(sys.executable).with_name("prunebench"), *map(str, args)],
         cwd=cwd,
         # Waiting threads sleep: spinning ones of several processes starve each other on few cores.
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **more, **environment},
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", **more, **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -403,7 +403,7 @@ def test_an_interruption_at_the_start_is_as_quiet(bench: Bench, plugin: Path, tm
     suite, _ = write_waiting_suite(bench, tmp_path)
     with start_command("run", suite, "--results", tmp_path / "results", path=plugin) as process:
         assert process.stdout.readline() == "4 runs to do.\n"
-        time.sleep(1)
+        time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130

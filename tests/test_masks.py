@@ -178,6 +178,11 @@ def test_short_types_are_an_error(dtype: torch.dtype) -> None:
         keep_mask(torch.ones(4, 4, dtype=dtype), Unstructured(0.5))
 
 
+def test_an_unknown_group_is_an_error() -> None:
+    with pytest.raises(RunError, match="'layer' is none of row, matrix and model"):
+        keep_mask(torch.ones(2, 4), Unstructured(0.5), "layer")  # type: ignore[call-overload]
+
+
 def test_columns_that_are_not_a_multiple_are_an_error() -> None:
     with pytest.raises(RunError, match="10 columns are not a multiple of 4"):
         keep_mask(torch.rand(4, 10), NM(2, 4))

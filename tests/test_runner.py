@@ -248,6 +248,11 @@ def test_two_steps_are_taken_in_order_and_both_recorded(run: Watched) -> None:
     assert found["calibration"] == (4, 16)
 
 
+def test_a_step_without_masks_is_held_to_the_pattern_it_found(run: Watched) -> None:
+    # Magnitude compares whole matrices; the null pruner's own group, rows, must not be asked of what magnitude left.
+    assert run("magnitude + dense").status == "ok"
+
+
 def test_an_earlier_steps_mask_may_not_be_undone_in_silence(run: Watched) -> None:
     def revive(job: Job) -> None:
         for matrix in job.anatomy.matrices:

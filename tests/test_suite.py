@@ -7,6 +7,7 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import Bench, cases
 
@@ -343,6 +344,16 @@ def test_what_planning_finds_before_any_work(content: str, kind: type[RequestErr
 def test_a_method_without_data_needs_no_calibration_section(folder: Path) -> None:
     lone = without("calibration").replace('["wanda", "random"]', '["random"]')
     assert planned(folder, lone)[-1] == "random 2:4 7"
+
+
+def test_a_token_file_brings_its_own_shape(folder: Path) -> None:
+    """The numbers beside it are not read, so their defaults may not stand in the way."""
+    np.save(folder / "tokens.npy", np.ones((3, 24), dtype=np.int64))
+    given = edited('source = "calibration.txt"\nsamples = 4\nlength = 16', 'source = "tokens.npy"')
+    suite = load_suite(written(folder, given))
+    (request, _) = Planner(suite, load_registry(), "here", "", "cpu").requests()[2:]
+    recipe = request.spec.recipe
+    assert (recipe.sampler, recipe.samples, recipe.length) == ("as given", 3, 24)
 
 
 def test_the_good_suite_is_the_one_that_is_edited() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Benchmark pruning methods for language models: one protocol, every method a plugin, every number with its evidence.",
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode="markdown",  # in rich's own markup, NAME[opt=value] would lose its brackets
     pretty_exceptions_enable=False,
 )
 
@@ -42,16 +44,23 @@ _out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _err = Console(stderr=True, highlight=False)
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # noqa: ARG001 - read by `main`
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         import prunebench
 
         typer.echo(prunebench.__version__)
         raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # read by `main`
+    version: Version = False,  # its callback has shown it
+) -> None:
+    """The options before the command."""
 
 
 @app.command("list")
@@ -196,6 +205,8 @@ def prune(
     from prunebench.bench.commands import PruneOptions, prune_to_folder
     from prunebench.show import print_record
 
+    if calibration_tokens is not None and calibration_tokens.suffix != ".npy":
+        raise RequestError(f"--calibration-tokens takes a file whose name ends with .npy, not {str(calibration_tokens)!r}.")
     options = PruneOptions(
         model=model,
         steps=tuple(step),
@@ -220,7 +231,8 @@ def prune(
     if record.status == "refused":
         raise RequestError(f"{record.reason} Nothing was written.")
     if record.status == "failed":
-        _err.print(f"error: {escape(record.reason or 'the run failed')} Nothing was written.")
+        reason = " ".join((record.reason or "the run failed").split()).rstrip(".")
+        _err.print(f"error: {escape(reason)}. Nothing was written.", soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -263,7 +275,7 @@ def main() -> None:
         sys.exit(2)
     except PrunebenchError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _err.print(f"error: {escape(str(error))}", soft_wrap=True)
         sys.exit(2 if isinstance(error, RequestError | PluginError) else 1)
     if code == INTERRUPTED:

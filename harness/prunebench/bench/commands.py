@@ -76,12 +76,14 @@ def prune_to_folder(options: PruneOptions, progress: Progress) -> RunRecord:
             model = runner.prune(request, progress, outcome)
     except Refused as refusal:
         return runner.make_record(request, outcome, "inline", refused=str(refusal))
-    except Exception as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
         failure = runner.classify(error, outcome.current_step)
         return runner.make_record(request, outcome, "inline", failure=failure)
     record = runner.make_record(request, outcome, "inline")
     assert outcome.anatomy is not None
-    save_pruned(model.to("cpu"), identify(request.model).tokenizer, outcome.anatomy, record, options.out)  # type: ignore[arg-type]
+    save_pruned(model.to("cpu"), request.model, outcome.anatomy, record, options.out)  # type: ignore[arg-type]
     return record
 
 
@@ -147,7 +149,7 @@ def _prune_request(options: PruneOptions) -> RunRequest:
         folder=Path.cwd(),
     )
     [request] = Planner(suite, load_registry(), machine_slug(), options.command, device).requests()
-    if request.spec.target != options.target and options.target != "dense":
+    if request.spec.target == "dense" and options.target.strip() != "dense":
         raise RequestError(f"the steps {request.spec.method} prune nothing, so the target {options.target} cannot be met.")
     return request
 

@@ -166,9 +166,12 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     """The child: run, send progress now and then, send the record."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     _die_with_parent()
-    with Path(log).open("w", encoding="utf-8", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    try:
+        with Path(log).open("w", encoding="utf-8", buffering=1) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    except FileNotFoundError:
+        return  # the command was interrupted while this process started
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
     from prunebench.bench.runner import run
 

@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from prunebench.errors import StoreError
 from prunebench.results.records import RunRecord
 from prunebench.toolkit.anatomy import ModelAnatomy
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify, quiet_transformers
 
 RECORD_FILE = "prunebench.json"
 MASK_FILE = "mask.safetensors"
@@ -28,9 +28,9 @@ def check_output(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"the output folder {out} exists and is not empty; name another.")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-"):
+        with tempfile.TemporaryDirectory(dir=there, prefix=".prunebench-"):
             pass
     except OSError as error:
         raise StoreError(f"the output folder {out} cannot be made: {error.strerror}.") from None
@@ -38,7 +38,7 @@ def check_output(out: Path) -> None:
 
 def save_pruned(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    source: ModelSource,
     anatomy: ModelAnatomy,
     record: RunRecord,
     out: Path,
@@ -51,13 +51,18 @@ def save_pruned(
     Raises:
         StoreError: it cannot be written.
     """
+    tokenizer = identify(source).tokenizer
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-") as aside:
             folder = Path(aside) / "model"
             with quiet_transformers():
                 model.save_pretrained(folder)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+            for name in TOKENIZER_FILES:
+                if (source.folder / name).is_file():  # as it was: another version of transformers writes it another way
+                    shutil.copyfile(source.folder / name, folder / name)
             shapes = {matrix.name: matrix.shape for matrix in anatomy.matrices if matrix.name in anatomy.masks}
             save_file(
                 anatomy.masks.packed(),

@@ -179,16 +179,21 @@ class Planner:
     def _calibration(self, identity: ModelIdentity, seed: int) -> Tokens:
         asked = self.suite.calibration
         assert asked is not None
-        context = getattr(identity.config.get_text_config(), "max_position_embeddings", asked.length)
-        if asked.length > context:
-            raise DataError(f"calibration sequences of {asked.length} tokens are longer than the model's context of {context}.")
+        is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
+        self._check_context(identity, 0 if is_file else asked.length)
         key = ("calibration", identity.tokenizer_hash, str(seed))
         if key not in self._tokens:
             vocabulary = identity.vocabulary()
             self._tokens[key] = calibration_tokens(
                 asked.source, vocabulary, asked.samples, asked.length, seed, self.suite.folder
             )
+        self._check_context(identity, self._tokens[key].array.shape[1])
         return self._tokens[key]
+
+    def _check_context(self, identity: ModelIdentity, length: int) -> None:
+        context = getattr(identity.config.get_text_config(), "max_position_embeddings", length)
+        if length > context:
+            raise DataError(f"calibration sequences of {length} tokens are longer than the model's context of {context}.")
 
     def _packed(self, identity: ModelIdentity, source: str, split: str, length: int, tokens: int | None) -> Tokens:
         key = ("packed", identity.tokenizer_hash, source, split)

@@ -234,7 +234,8 @@ def read_token_file(name: str, folder: Path) -> TokenArray:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - numpy's reader raises many kinds, down to the tokenizer's of Python
-        raise DataError(f"{name} cannot be read as a numpy array: {error}.") from None
+        reason = str(error).partition(". ")[0].rstrip(".")  # what follows is numpy's advice to unpickle it
+        raise DataError(f"{name} cannot be read as a numpy array: {reason}.") from None
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.integer):
         raise DataError(f"{name} must hold integers, and holds {getattr(array, 'dtype', type(array).__name__)}.")
     return array.astype(np.int64)

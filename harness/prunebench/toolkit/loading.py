@@ -37,7 +37,7 @@ ALLOWABLE = ("pickle", "remote-code")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def resolve_model(name: str, folders: list[Path], revision: str | None = None, a
                 return ModelSource(candidate.resolve(), candidate.resolve().name, source, allowed)
             if candidate.is_dir() and not any(candidate.glob("*/config.json")) and "/" in name:
                 raise ModelError(f"{name} is a folder without a config.json, so it holds no model.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _mirror_models():
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not _mirror_models():
         return _from_hub(name, revision, allowed)
     where = "the mirror and " if _mirror_models() else ""
     raise ModelError(f"there is no model {name!r}: no folder of that name holds a config.json (looked in {where}{folders[0]}).")
@@ -112,7 +112,7 @@ def identify(source: ModelSource) -> ModelIdentity:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
             with torch.device("meta"):
                 shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
-            has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES[:3])
+            has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) if has_tokenizer else None
     except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -120,7 +120,7 @@ def identify(source: ModelSource) -> ModelIdentity:
     settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
     return ModelIdentity(
         weights=digest([settings, *(digest_file(path) for path in weights)]),
-        tokenizer_hash=digest(digest_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()),
+        tokenizer_hash=digest(digest_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
         tokenizer=tokenizer,
         attention=str(shell.config._attn_implementation),

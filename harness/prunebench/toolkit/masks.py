@@ -44,8 +44,10 @@ def keep_mask(
 
     Raises:
         NonFiniteError: a score is NaN.
-        RunError: the scores are not float32 or float64, or the columns are not a multiple of M.
+        RunError: the scores are not float32 or float64, the columns are not a multiple of M, or there is no such group.
     """
+    if group not in ("row", "matrix", "model"):
+        raise RunError(f"the comparison group {group!r} is none of row, matrix and model.")
     with phase("scoring"):
         together = [scores] if isinstance(scores, torch.Tensor) else list(scores)
         for matrix in together:

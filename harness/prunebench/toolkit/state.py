@@ -22,8 +22,8 @@ def capture() -> dict[str, Any]:
         "torch's random generator": torch.get_rng_state(),
         "the device's random generator": _device_generator(),
         "grad mode": torch.is_grad_enabled(),
-        "TF32 in products": (_older(torch.get_float32_matmul_precision), *(part.fp32_precision for part in _PRODUCTS)),
-        "TF32 in cuDNN": (_older(lambda: torch.backends.cudnn.allow_tf32), *(part.fp32_precision for part in _CUDNN)),
+        "TF32 in products": (_older(torch.get_float32_matmul_precision), *map(_newer, _PRODUCTS)),
+        "TF32 in cuDNN": (_older(lambda: torch.backends.cudnn.allow_tf32), *map(_newer, _CUDNN)),
         "deterministic algorithms": torch.get_deterministic_debug_mode(),
         "the default dtype": torch.get_default_dtype(),
         "the number of threads": torch.get_num_threads(),
@@ -67,6 +67,11 @@ def _older(read: Callable[[], Any]) -> Any:
         return read()
     except RuntimeError:
         return None
+
+
+def _newer(part: Any) -> str:
+    """A setting of the newer interface; where it was never set, what that means."""
+    return str(part.fp32_precision).replace("none", "ieee")
 
 
 def _restore_precision(products: tuple[Any, ...], cudnn: tuple[Any, ...]) -> None:

@@ -409,9 +409,14 @@ class Ran:
         return self.err
 
 
+def python_path(folder: Path) -> str:
+    """PYTHONPATH with one more folder, the first."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def start_command(*args: str | Path, path: Path | None = None, cwd: Path | None = None, **environment: str) -> Any:
     """The real command in a session of its own; `path` goes on PYTHONPATH."""
-    more = {"PYTHONPATH": str(path)} if path else {}
+    more = {"PYTHONPATH": python_path(path)} if path else {}
     return subprocess.Popen(
         [Path(sys.executable).with_name("prunebench"), *map(str, args)],
         cwd=cwd,

@@ -307,6 +307,11 @@ def replace_norm(model: PreTrainedModel) -> None:
     norm.weight = nn.Parameter(norm.weight.detach().to(torch.float64))
 
 
+def widen_matrix(model: PreTrainedModel) -> None:
+    matrix = model.get_submodule(UP)
+    matrix.weight = nn.Parameter(matrix.weight.detach().to(torch.float64))
+
+
 def nudge_buffer(model: PreTrainedModel) -> None:
     model.get_buffer("model.rotary_emb.inv_freq")[1] *= 1.0001
 
@@ -335,6 +340,7 @@ DEEDS = {
         "opt", nudge(f"{OPT}.final_layer_norm.bias"), f"{OPT}.final_layer_norm.bias", Changes.BIASES | Changes.NORMS
     ),
     "the head": Deed("llama", nudge("lm_head.weight", (5, 5)), "lm_head.weight", Changes.HEAD),
+    "a matrix's dtype": Deed("llama", widen_matrix, f"{UP}.weight, which it does not declare", None),
     "the embedding": Deed("llama", nudge("model.embed_tokens.weight", (5, 5)), "model.embed_tokens.weight", None),
     "the tied embedding": Deed(
         "opt", nudge("model.decoder.embed_tokens.weight", (5, 5)), "model.decoder.embed_tokens.weight", None

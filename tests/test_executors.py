@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Bench, cases, install_plugin, run_command, start_command, tree
+from support import Bench, cases, install_plugin, python_path, run_command, start_command, tree
 
 from prunebench.bench import executors
 from prunebench.bench.executors import InlineExecutor, SubprocessExecutor, make_executor
@@ -157,7 +157,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(plugin: Path) -> Iterator[None]:
     """Here and in the fork server, which starts anew: it may run already, without the plugin."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(plugin))
+        patch.setenv("PYTHONPATH", python_path(plugin))
         patch.setattr(sys, "path", [str(plugin), *sys.path])
         load_registry.cache_clear()
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -168,12 +168,19 @@ def test_loading_is_silent(model: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-def test_silence_ends() -> None:
+@pytest.mark.parametrize("shown", [True, False], ids=["with progress bars", "without"])
+def test_silence_ends(shown: bool) -> None:
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with contextlib.suppress(ZeroDivisionError), quiet_transformers():
-        assert not logging.is_progress_bar_enabled()
-        raise ZeroDivisionError
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    try:
+        logging.set_verbosity_info()
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        with contextlib.suppress(ZeroDivisionError), quiet_transformers():
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+            raise ZeroDivisionError
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, shown)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
 
 
 def test_weights_in_several_files(model: Path, tmp_path: Path) -> None:

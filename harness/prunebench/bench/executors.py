@@ -23,6 +23,8 @@ from prunebench.spec import Progress
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 LOG_LINES = 12
+ASKED_TO_END = 128 + signal.SIGTERM
+"""The exit code of a child that was sent SIGTERM."""
 
 
 class Executor(Protocol):
@@ -134,6 +136,8 @@ def _end(child: multiprocessing.process.BaseProcess) -> None:
 def _explain_death(exitcode: int | None, out_of_memory: bool, log: Path) -> Failure:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
     wrote = f" Its last lines: {' | '.join(line.strip() for line in lines if line.strip())}" if lines else ""
+    if exitcode == ASKED_TO_END:
+        exitcode = -signal.SIGTERM
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         if out_of_memory and name == "SIGKILL":
@@ -165,6 +169,7 @@ def _failed(request: RunRequest, failure: Failure, executor: str, started: float
 def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log: str) -> None:
     """The child: run, send progress now and then, send the record."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    signal.signal(signal.SIGTERM, _leave)
     _die_with_parent()
     try:
         with Path(log).open("w", encoding="utf-8", buffering=1) as file:
@@ -175,10 +180,18 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
     from prunebench.bench.runner import run
 
-    record = run(request, _Throttled(pipe), "subprocess")
+    try:
+        record = run(request, _Throttled(pipe), "subprocess")
+    except KeyboardInterrupt:
+        sys.exit(ASKED_TO_END)
     pipe.send(("record", record.model_dump_json(by_alias=True)))
     pipe.close()
     sys.stdout.flush()
+
+
+def _leave(*_: object) -> None:
+    """End in good order, or the semaphores of progress bars are reported as leaked; only this exception gets through `run`."""
+    raise KeyboardInterrupt
 
 
 def _die_with_parent() -> None:

@@ -96,24 +96,24 @@ class Hostile(Pruner):
         raise Refused("not today.")
 
     def do_sleep(self, job):
-        time.sleep(600)
+        time.sleep(60)
 
     def do_cling(self, job):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(600)
+        time.sleep(60)
 
     def do_spin(self, job):
-        end = time.monotonic() + 600
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             pass
 
     def do_chatter(self, job):
-        for number in range(600_000):
-            job.progress(("this", "that")[number % 2], number, 600_000)
+        for number in range(60_000):
+            job.progress(("this", "that")[number % 2], number, 60_000)
             time.sleep(0.001)
 
     def do_linger(self, job):
-        threading.Thread(target=time.sleep, args=(600,)).start()
+        threading.Thread(target=time.sleep, args=(60,)).start()
 
     def do_wait(self, job):
         for _ in range(6000):
@@ -158,6 +158,7 @@ def installed(plugin: Path) -> Iterator[None]:
     """Here and in the fork server, which starts anew: it may run already, without the plugin."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(plugin))
+        patch.delenv("PYTHONUNBUFFERED", raising=False)  # it would hide that what is printed waits in a buffer
         patch.setattr(sys, "path", [str(plugin), *sys.path])
         load_registry.cache_clear()
         multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]

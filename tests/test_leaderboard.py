@@ -100,11 +100,11 @@ def test_one_table() -> None:
 
 
 def test_every_target_is_a_table_with_dense_on_top() -> None:
-    targets = ["2:4", "0.6", "4:8", "0.5", "0.999", "1:4", "0.29"]
+    targets = ["8:16", "2:4", "0.6", "4:8", "0.5", "0.999", "1:4", "0.29"]
     text = page(dense(), *(magnitude(target) for target in targets))
-    headings = ["29% unstructured", "50% unstructured", "60% unstructured", "99.9% unstructured", "2:4", "4:8", "1:4"]
+    headings = ["29% unstructured", "50% unstructured", "60% unstructured", "99.9% unstructured", "2:4", "4:8", "8:16", "1:4"]
     assert re.findall(r"^### (.+)$", text, re.MULTILINE) == headings
-    assert [methods(table) for table in tables(text)] == [["dense", "magnitude"]] * 7
+    assert [methods(table) for table in tables(text)] == [["dense", "magnitude"]] * 8
 
 
 def test_dense_alone_is_a_table() -> None:
@@ -293,6 +293,8 @@ def test_costs_beside_other_runs_are_marked() -> None:
     table = only_table(page(alone, beside))
     assert [row["prune s"] for row in table] == ["2.00", "2.00*"]
     assert [row["peak MiB"] for row in table] == ["300", "300*"]
+    seeds = [make_record(make_spec(seed=seed), shared_machine=seed == 1) for seed in range(3)]
+    assert [row["prune s"] for row in only_table(page(*seeds))] == ["2.00*"]
 
 
 def test_excerpts_are_called_so() -> None:

@@ -500,7 +500,7 @@ def texts(data: Any) -> Iterator[str]:
 
 
 def test_what_an_absolute_path_is() -> None:
-    for text in ("/home/jo/x", "at /root", '"/work/main"', "=/tmp/a.txt", "\n/var/x", "C:\\Users\\jo"):
+    for text in ("/home/jo/x", "at /root", '"/opt/main"', "=/tmp/a.txt", "\n/var/x", "C:\\Users\\jo"):
         assert ABSOLUTE.search(text), text
     for text in ("$HOME/x", "$MIRROR/models/wiki7m", "…/work/a.txt", "quickstart/texts/tmp", "https://a.org/home/", "q/k/v"):
         assert not ABSOLUTE.search(text), text

@@ -189,6 +189,8 @@ def make_job(
         dense=DenseWeights(anatomy),
         progress=lambda what, done, total: None,
         note=lambda key, value: None,
+        attach=anatomy.adapters.attach,
+        artefact=lambda name, make: make(),  # noqa: ARG005
         calibration_tokens=tokens,
     )
 

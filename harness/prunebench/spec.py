@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import pluggy
 
 from prunebench.errors import ContractError
+from prunebench.handles import Anatomy, BlockHandle, DenseWeights, Matrix, Placement
 from prunebench.targets import NM, Target
 
 if TYPE_CHECKING:
@@ -27,6 +28,30 @@ hookimpl = pluggy.HookimplMarker("prunebench")
 
 JsonDict = dict[str, Any]
 """A mapping that `json` can write: strings, numbers, booleans, None, lists and such mappings."""
+
+__all__ = [
+    "Anatomy",
+    "BlockHandle",
+    "Changes",
+    "DenseWeights",
+    "Eval",
+    "EvalFacts",
+    "EvalJob",
+    "Hooks",
+    "Job",
+    "JobFacts",
+    "JsonDict",
+    "Matrix",
+    "MatrixFacts",
+    "Needs",
+    "Placement",
+    "Progress",
+    "Pruner",
+    "Score",
+    "hookimpl",
+    "hookspec",
+    "option",
+]
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: how far a step has come; called often, must be cheap."""
@@ -58,93 +83,9 @@ class Changes(enum.Flag):
     BIASES = enum.auto()
     NORMS = enum.auto()
     HEAD = enum.auto()
-
-
-class Matrix(Protocol):
-    """A prunable matrix: a handle that is found once, before the first step, and stays valid to the end."""
-
-    @property
-    def name(self) -> str:
-        """The module's dotted name in the model."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The module that owns the weight."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as [outputs, inputs], detached, whatever the storage; looked up at each access, so do not hold it."""
-
-    def oriented(self, stored: torch.Tensor) -> torch.Tensor:
-        """A tensor in the orientation of the stored parameter (GPT-2 stores it transposed) as [outputs, inputs], and back."""
-
-    def keep(self, mask: torch.Tensor) -> None:
-        """Zero the entries where `mask` (boolean, [outputs, inputs]) is False; survivors keep their bits."""
-
-    def write(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
-        """Store new values [outputs, inputs], cast to the matrix's dtype, and zero the entries where `mask` is False."""
-
-
-class BlockHandle(Protocol):
-    """A decoder block and its prunable matrices."""
-
-    @property
-    def name(self) -> str:
-        """The module's dotted name in the model."""
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """The block itself."""
-
-    @property
-    def matrices(self) -> Sequence[Matrix]:
-        """Its prunable matrices, in module order."""
-
-
-class Anatomy(Protocol):
-    """The decoder blocks of a model, in order."""
-
-    @property
-    def blocks(self) -> Sequence[BlockHandle]:
-        """The decoder blocks, first to last."""
-
-    @property
-    def matrices(self) -> Sequence[Matrix]:
-        """All prunable matrices, block by block."""
-
-
-class DenseWeights(Protocol):
-    """The weights before the first step, read a matrix or a block at a time."""
-
-    def weight(self, matrix: Matrix) -> torch.Tensor:
-        """The dense weight [outputs, inputs], on the matrix's device, in its dtype."""
-
-    def block(self, block: BlockHandle) -> torch.nn.Module:
-        """A copy of the block with all its dense parameters, on the block's device."""
-
-
-class Placement(Protocol):
-    """Where blocks and activations rest while they are not worked on."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where work is done."""
-
-    def bring(self, module: torch.nn.Module) -> None:
-        """Move a block to the device."""
-
-    def release(self, module: torch.nn.Module) -> None:
-        """Let a block go back to where it rests."""
-
-    def rest(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor where activations rest."""
-
-    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A batch of activations on the device."""
+    """The head's weight; one that is tied to the embedding is untied first, and then counts as extra parameters."""
+    ADAPTER = enum.auto()
+    """Parameters that stay apart from the weights, by `job.attach`."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +143,12 @@ class Job:
     progress: Progress
     note: Callable[[str, Any], None]
     """`note(key, value)`: something the record should keep (a retry, a share, a deviation)."""
+    attach: Callable[[Matrix, torch.Tensor, torch.Tensor, float], None]
+    """`attach(matrix, down, up, scale)`: from now on the matrix's output gains `scale * up @ down @ input`, by a forward hook;
+    `down` is [rank, inputs], `up` [outputs, rank]. Needs `Changes.ADAPTER`; saved beside the model, counted as extra."""
+    artefact: Callable[[str, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
+    """`artefact(name, make)`: tensors that depend on the weights, the calibration tokens and `name` alone. A later run takes
+    them from the cache; its record says so, and the cost of making them is added to its own."""
     calibration_tokens: torch.Tensor | None = None
     training_tokens: torch.Tensor | None = None
     validation_tokens: torch.Tensor | None = None
@@ -261,10 +208,10 @@ class Pruner(abc.ABC):
         return Changes.MASK_GROWS
 
     def audit_group(self) -> str:
-        """The comparison group in which an unstructured target is exact: `row`, `matrix` or `model`.
+        """The comparison group in which an unstructured target is exact: `row`, `matrix`, `model` or `columns:N`.
 
-        The audit counts in it. With `model` the total is exact and each matrix's rate is recorded. N:M targets are
-        always counted in groups of M.
+        The audit counts in it. With `model` the total is exact and each matrix's rate is recorded; `columns:128` are slabs of
+        128 consecutive columns over all rows (the last may be narrower). N:M targets are always counted in groups of M.
         """
         return "row"
 

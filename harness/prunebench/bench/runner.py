@@ -52,6 +52,8 @@ class Outcome:
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
     current_step: str | None = None
     anatomy: ModelAnatomy | None = None
+    extra_parameters: int = 0
+    """What the steps added: adapters, an untied head."""
 
 
 def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
@@ -87,7 +89,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
     placement = Resident(request.device)
     place_model(model, [block.module for block in anatomy.blocks], placement)
-    dense = DenseWeights(anatomy, request.model.folder)
+    dense, own_parameters = DenseWeights(anatomy, request.model.folder), anatomy.total_parameters
     survivors_changed, group = False, "row"
     for index, (spec, pruner) in enumerate(zip(request.spec.steps, pruners, strict=True)):
         outcome.current_step = spec.text
@@ -105,6 +107,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         outcome.finding = audit(anatomy, target, group, explained="extra_zeros" in notes)
         survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)
     outcome.current_step = None
+    outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
     return model
 
 
@@ -186,6 +189,7 @@ def make_record(
         steps=outcome.steps,
         audit=_audit_record(outcome.finding) if outcome.finding else None,
         scores=outcome.scores,
+        extra_parameters=outcome.extra_parameters,
         provenance=_provenance(request, outcome, executor),
     )
 
@@ -253,6 +257,8 @@ def _job(
         dense=dense,
         progress=progress,
         note=notes.__setitem__,
+        attach=anatomy.adapters.attach,
+        artefact=lambda name, make: make(),  # noqa: ARG005
         **tokens,
     )
 

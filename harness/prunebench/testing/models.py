@@ -161,6 +161,8 @@ def make_job(
         dense=dense or DenseWeights(anatomy),
         progress=lambda what, done, total: None,  # noqa: ARG005 - the signature is the contract
         note=({} if notes is None else notes).__setitem__,
+        attach=anatomy.adapters.attach,
+        artefact=lambda name, make: make(),  # noqa: ARG005 - nothing is kept between jobs
         calibration_tokens=calibration if needs & (Needs.CALIBRATION | Needs.GRADIENTS) else None,
         training_tokens=random_tokens(model, seed=2) if trains else None,
         validation_tokens=random_tokens(model, seed=3) if trains else None,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from prunebench.errors import ContractError, ModelError, Refused
 from prunebench.spec import JobFacts, MatrixFacts
 from prunebench.targets import Target
+from prunebench.toolkit.adapters import Adapters
 from prunebench.toolkit.masks import pack_bits, unpack_bits
 from prunebench.toolkit.phases import phase
 
@@ -122,10 +123,11 @@ class DecoderBlock:
 
 
 class ModelAnatomy:
-    """The decoder blocks of a model, and the masks laid over their matrices so far."""
+    """The decoder blocks of a model, with the masks laid over their matrices and the adapters attached so far."""
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[DecoderBlock], masks: KeepMasks) -> None:
         self.model, self.blocks, self.masks = model, blocks, masks
+        self.adapters = Adapters()
 
     @cached_property
     def matrices(self) -> list[LinearMatrix]:

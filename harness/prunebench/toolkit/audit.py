@@ -71,6 +71,7 @@ class Before:
         """`survivors_changed`: an earlier step changed survivors, so the dense weights no longer tell."""
         self._anatomy, self._dense = anatomy, dense
         self.masks = anatomy.masks.copy()
+        self._adapters = len(anatomy.adapters)
         self._tied = anatomy.tied()
         self._prints = _fingerprints(anatomy)
         self._copies = {m.name: m.weight.to("cpu", copy=True) for m in anatomy.matrices} if survivors_changed else {}
@@ -89,7 +90,9 @@ class Before:
         Raises:
             ContractError: something undeclared is not bit-identical.
         """
-        if self._anatomy.tied() != self._tied:
+        if len(self._anatomy.adapters) != self._adapters and not changes & Changes.ADAPTER:
+            raise ContractError("the step attached adapters, which it does not declare.")
+        if self._anatomy.tied() != self._tied and not (changes & Changes.HEAD and self._head_untied()):
             raise ContractError("the step untied parameters that shared one tensor, or tied others.")
         now = _fingerprints(self._anatomy)
         for name in sorted(self._prints.keys() | now.keys()):
@@ -117,6 +120,13 @@ class Before:
                 )
             if old is not None and not changes & Changes.MASK_GROWS and not torch.equal(mask, old):
                 raise ContractError(f"the step changed the mask of {name}, and does not declare to change masks.")
+
+    def _head_untied(self) -> bool:
+        """Whether all that changed among the ties is that the head, which must change alone, left them."""
+        head = self._anatomy.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        names = {f"{name}.weight" for name, module in self._anatomy.model.named_modules() if module is head}
+        without = [tuple(n for n in group if n not in names) for group in self._tied]
+        return self._anatomy.tied() == tuple(group for group in without if len(group) > 1)
 
     def _check_survivors(self, matrix: LinearMatrix, changes: Changes) -> None:
         mask = self._anatomy.masks.get(matrix.name)

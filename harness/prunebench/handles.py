@@ -1,0 +1,99 @@
+"""Handles: what a pruner holds of a model while it works. The toolkit implements them; see `spec.py` for the contract.
+
+Torch is imported for type checking only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Matrix(Protocol):
+    """A prunable matrix: a handle that is found once, before the first step, and stays valid to the end."""
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module that owns the weight."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as [outputs, inputs], detached, whatever the storage; looked up at each access, so do not hold it."""
+
+    def oriented(self, stored: torch.Tensor) -> torch.Tensor:
+        """A tensor in the orientation of the stored parameter (GPT-2 stores it transposed) as [outputs, inputs], and back."""
+
+    def keep(self, mask: torch.Tensor) -> None:
+        """Zero the entries where `mask` (boolean, [outputs, inputs]) is False; survivors keep their bits."""
+
+    def write(self, weight: torch.Tensor, mask: torch.Tensor) -> None:
+        """Store new values [outputs, inputs], cast to the matrix's dtype, and zero the entries where `mask` is False."""
+
+
+class BlockHandle(Protocol):
+    """A decoder block and its prunable matrices."""
+
+    @property
+    def name(self) -> str:
+        """The module's dotted name in the model."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The block itself."""
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """Its prunable matrices, in module order."""
+
+
+class Anatomy(Protocol):
+    """The decoder blocks of a model, in order."""
+
+    @property
+    def blocks(self) -> Sequence[BlockHandle]:
+        """The decoder blocks, first to last."""
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """All prunable matrices, block by block."""
+
+
+class DenseWeights(Protocol):
+    """The weights before the first step, read a matrix or a block at a time."""
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The dense weight [outputs, inputs], on the matrix's device, in its dtype."""
+
+    def block(self, block: BlockHandle) -> torch.nn.Module:
+        """A copy of the block with all its dense parameters, on the block's device."""
+
+
+class Placement(Protocol):
+    """Where blocks and activations rest while they are not worked on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where work is done."""
+
+    def bring(self, module: torch.nn.Module) -> None:
+        """Move a block to the device."""
+
+    def release(self, module: torch.nn.Module) -> None:
+        """Let a block go back to where it rests."""
+
+    def rest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where activations rest."""
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A batch of activations on the device."""

@@ -190,7 +190,7 @@ def make_job(
         progress=lambda what, done, total: None,
         note=lambda key, value: None,
         attach=anatomy.adapters.attach,
-        artefact=lambda name, make: make(),  # noqa: ARG005
+        artefact=lambda name, make: make(),
         calibration_tokens=tokens,
     )
 

@@ -348,7 +348,7 @@ DEEDS = {
     "positions": Deed("gpt2", nudge("transformer.wpe.weight", (5, 5)), "transformer.wpe.weight", None),
     "a buffer": Deed("llama", nudge_buffer, "model.rotary_emb.inv_freq", None),
     "a new parameter": Deed("llama", add_parameter, "model.layers.0.mlp.extra", None),
-    "untying": Deed("opt", untie, "untied parameters", None),
+    "untying": Deed("opt", untie, "untied parameters", Changes.HEAD),
     "tying": Deed("llama", tie, "untied parameters that shared one tensor, or tied others", None),
 }
 

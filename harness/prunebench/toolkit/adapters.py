@@ -1,4 +1,4 @@
-"""Low-rank adapters that stay apart from the weights: added to a matrix's output by a forward hook, the module tree untouched."""
+"""Low-rank adapters that stay apart from the weights: forward hooks add to a matrix's output, the module tree is untouched."""
 
 from __future__ import annotations
 
@@ -46,9 +46,8 @@ class Adapters:
         """
         outputs, inputs = matrix.shape
         if down.ndim != 2 or up.shape != (outputs, down.shape[0]) or down.shape[1] != inputs:
-            raise ContractError(
-                f"{matrix.name} is {list(matrix.shape)}, and an adapter of {list(up.shape)} times {list(down.shape)} does not fit."
-            )
+            factors = f"{list(up.shape)} times {list(down.shape)}"
+            raise ContractError(f"{matrix.name} is {list(matrix.shape)}, and an adapter of {factors} does not fit.")
         adapter = Adapter(matrix.name, down.detach().clone(), up.detach().clone(), scale)
 
         def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from prunebench.toolkit.masks import keep_mask
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.scores import magnitude_scores, wanda_scores
+from prunebench.toolkit.scores import gradient_scores, magnitude_scores, wanda_scores
 from prunebench.toolkit.stats import InputNorm, Statistic
 from prunebench.toolkit.walk import Block, Replica, walk
 
@@ -11,6 +11,7 @@ __all__ = [
     "InputNorm",
     "Replica",
     "Statistic",
+    "gradient_scores",
     "keep_mask",
     "magnitude_scores",
     "phase",

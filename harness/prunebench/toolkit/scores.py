@@ -22,3 +22,17 @@ def wanda_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """`|W_ij| * ||X_j||_2` (Sun et al. 2023, section 3): weight [outputs, inputs], norms [inputs] of the input features."""
     with phase("scoring"):
         return at_least_float32(weight).abs() * at_least_float32(norms)
+
+
+def gradient_scores(weight: torch.Tensor, norms: torch.Tensor, gradients: torch.Tensor, alpha: float) -> torch.Tensor:
+    """`|W_ij| * (||X_j||_2 + alpha * G_ij)` (GBLM-Pruner, Das et al. 2023; Wanda++, Yang et al. 2025).
+
+    Args:
+        weight: [outputs, inputs].
+        norms: of the input features, [inputs].
+        gradients: magnitudes reduced over samples, [outputs, inputs], anywhere; they follow the weight's device.
+        alpha: how much the gradients count; 0 is Wanda.
+    """
+    with phase("scoring"):
+        weight = at_least_float32(weight)
+        return weight.abs() * (at_least_float32(norms) + alpha * gradients.to(weight.device, weight.dtype))

@@ -97,9 +97,9 @@ class Block:
         )
         return found[0] if len(kinds) == 1 else found
 
-    def replica(self, dtype: torch.dtype = torch.float32) -> Replica:
-        """A detached copy of the block in `dtype`, whose parameters take gradients."""
-        return Replica(self, dtype)
+    def replica(self, dtype: torch.dtype = torch.float32, of: nn.Module | None = None) -> Replica:
+        """A detached copy in `dtype`, whose parameters take gradients: of the block as it is, or of `of`, another such block."""
+        return Replica(self, dtype, of)
 
     def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
         """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over samples.
@@ -131,15 +131,19 @@ class Block:
 class Replica:
     """A detached copy of a block: train it, compare with it, throw it away."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, of: nn.Module | None = None) -> None:
         self._block, self._dtype = block, dtype
-        self.module = copy.deepcopy(block.module).to(dtype).eval()
+        self.module = copy.deepcopy(block.module if of is None else of).to(dtype).eval()
         self.module.requires_grad_(True)
         self._inner = {f"{block.name}.{name}".rstrip("."): module for name, module in self.module.named_modules()}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The copy's output for inputs of the block, [sequences, length, hidden] in the copy's dtype."""
         return self._block._stream.call(self._block.index, self.module, hidden.to(self._dtype))
+
+    def inner(self, matrix: Matrix) -> nn.Module:
+        """The copy of a matrix's module."""
+        return self._inner[matrix.name]
 
     def parameter(self, matrix: Matrix) -> nn.Parameter:
         """The copy of a matrix's parameter, in its stored orientation; takes gradients."""

@@ -19,6 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -27,8 +31,14 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -107,9 +117,28 @@ def _qwen3(**options: Any) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**_LLAMA_LIKE | {"head_dim": 6} | options))
 
 
+def _mistral(**options: Any) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**_LLAMA_LIKE | {"sliding_window": 3} | options))
+
+
+def _gemma2(**options: Any) -> PreTrainedModel:
+    """Caps that are reached; both kinds of attention."""
+    capped = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 4}
+    sliding = {"layer_types": _WINDOWS, "sliding_window": 3, "head_dim": 4}
+    return Gemma2ForCausalLM(Gemma2Config(**_LLAMA_LIKE | sliding | capped | options))
+
+
 def _gemma3(**options: Any) -> PreTrainedModel:
     sliding = {"layer_types": _WINDOWS, "sliding_window": 3, "head_dim": 4}
     return Gemma3ForCausalLM(Gemma3TextConfig(**_LLAMA_LIKE | sliding | options))
+
+
+def _phi3(**options: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**_LLAMA_LIKE | {"sliding_window": 3} | options))
+
+
+def _olmo2(**options: Any) -> PreTrainedModel:
+    return Olmo2ForCausalLM(Olmo2Config(**_LLAMA_LIKE | options))
 
 
 def _opt(**options: Any) -> PreTrainedModel:
@@ -131,15 +160,38 @@ def _gpt_neox(**options: Any) -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**shape | options))
 
 
+def _falcon(**options: Any) -> PreTrainedModel:
+    """As the 7B model: attention and MLP side by side behind one norm, one key and value for all heads."""
+    shape = {key: _LLAMA_LIKE[key] for key in _LLAMA_LIKE if key not in ("num_key_value_heads", "intermediate_size")}
+    return FalconForCausalLM(FalconConfig(**shape | {"ffn_hidden_size": 24} | options))
+
+
+def _falcon_rw(**options: Any) -> PreTrainedModel:
+    """As the 1B model: positions as a bias of the scores, attention before the MLP, biases."""
+    return _falcon(**{"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True} | options)
+
+
+def _falcon_40b(**options: Any) -> PreTrainedModel:
+    """As the 40B model: side by side behind two norms, keys and values shared by groups of heads."""
+    return _falcon(**{"new_decoder_architecture": True, "num_kv_heads": 2} | options)
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "mistral": _mistral,
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
     "opt": _opt,
     "opt-350m": _opt_350m,
     "gpt2": _gpt2,
     "gpt-neox": _gpt_neox,
+    "falcon": _falcon,
+    "falcon-rw": _falcon_rw,
+    "falcon-40b": _falcon_40b,
 }
 
 

@@ -44,6 +44,12 @@ _OPT = {
     "fc1": (24, 16),
     "fc2": (16, 24),
 }
+_FALCON = {
+    "self_attention.query_key_value": (24, 16),
+    "self_attention.dense": (16, 16),
+    "mlp.dense_h_to_4h": (24, 16),
+    "mlp.dense_4h_to_h": (16, 24),
+}
 EXPECTED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
     "llama": ("model.layers", _LLAMA),
     "qwen2": ("model.layers", _LLAMA),
@@ -57,7 +63,19 @@ EXPECTED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
             "self_attn.o_proj": (16, 24),
         },
     ),
+    "mistral": ("model.layers", _LLAMA),
+    "gemma2": ("model.layers", _LLAMA),
     "gemma3": ("model.layers", _LLAMA),
+    "phi3": (
+        "model.layers",
+        {
+            "self_attn.o_proj": (16, 16),
+            "self_attn.qkv_proj": (32, 16),
+            "mlp.gate_up_proj": (48, 16),
+            "mlp.down_proj": (16, 24),
+        },
+    ),
+    "olmo2": ("model.layers", _LLAMA),
     "opt": ("model.decoder.layers", _OPT),
     "opt-350m": ("model.decoder.layers", _OPT),
     "gpt2": (
@@ -73,6 +91,9 @@ EXPECTED: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
             "mlp.dense_4h_to_h": (16, 24),
         },
     ),
+    "falcon": ("transformer.h", _FALCON),
+    "falcon-rw": ("transformer.h", _FALCON | {"self_attention.query_key_value": (48, 16)}),
+    "falcon-40b": ("transformer.h", _FALCON | {"self_attention.query_key_value": (32, 16)}),
 }
 
 

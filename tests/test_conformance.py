@@ -661,7 +661,8 @@ def test_tiny_model(family: str) -> None:
     assert torch.equal(state, torch.get_rng_state())
     shapes = {matrix.name.split(".", 1)[1]: matrix.shape for matrix in find_anatomy(model).matrices}
     square = {name for name, shape in shapes.items() if shape[0] == shape[1]}
-    assert len(square) <= {"opt": 8, "gpt2": 2, "gpt-neox": 2}.get(family, 0), square  # attention as wide as the hidden state
+    as_wide = {"opt": 8, "gpt2": 2, "gpt-neox": 2, "falcon": 2}  # attention as wide as the hidden state
+    assert len(square) <= as_wide.get(family, 0), square
     assert all(columns % 8 == 0 for _, columns in shapes.values())
     assert len(set(shapes.values())) >= 4 or family in {"opt", "gpt2", "gpt-neox"}
     tokens = random_tokens(model)
@@ -682,7 +683,17 @@ def test_what_the_families_stand_for() -> None:
     assert tiny_model("gemma3").config.layer_types == ["sliding_attention", "full_attention"]
     assert type(find_anatomy(tiny_model("gpt2")).matrices[0].module).__name__ == "Conv1D"
     tied = {family for family in FAMILIES if find_anatomy(tiny_model(family)).tied()}
-    assert tied == {"qwen3", "gemma3", "opt", "gpt2"}
+    assert tied == {"qwen3", "gemma2", "gemma3", "opt", "gpt2", "falcon"}
+    assert [m.shape for m in find_anatomy(tiny_model("phi3")).matrices][:3] == [(16, 24), (48, 16), (80, 16)]  # fused
+    capped = tiny_model("gemma2")
+    assert capped.config._attn_implementation == "eager"  # the other kernel knows no caps
+    tokens = random_tokens(capped)
+    with torch.no_grad():
+        logits = capped(tokens).logits
+        for block in capped.model.layers:
+            block.self_attn.attn_logit_softcapping = None
+        assert not torch.allclose(logits, capped(tokens).logits, atol=0.01)
+    assert logits.abs().max() <= capped.config.final_logit_softcapping
     with pytest.raises(UnknownNameError, match="did you mean 'llama'"):
         tiny_model("lama")
 

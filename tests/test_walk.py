@@ -248,6 +248,9 @@ SIBLINGS = {
     "opt": [["k_proj", "v_proj", "q_proj"], ["out_proj"], ["fc1"], ["fc2"]],
     "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
     "gpt-neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "olmo2": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "phi3": [["o_proj"], ["qkv_proj"], ["gate_up_proj"], ["down_proj"]],
+    "falcon": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
 }
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of seven families, tokens for them, and a step's job as the harness would make it.
+"""Tiny random models of twelve families, tokens for them, and a step's job as the harness would make it.
 
 Hidden states are 16 wide, attention 24 where the family lets it differ and the inside of the MLP 40, so that no matrix which
 could be mistaken for its transpose is square; all are multiples of 8, so that 4:8 fits. `int(size * s)` differs from rounding
@@ -39,6 +39,7 @@ _LLAMA_LIKE = _COMMON | {
     "max_position_embeddings": 32,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": _WINDOW}
+_CAPPED = {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ _FAMILIES = {
     "llama": _Family("llama", _LLAMA_LIKE),
     "qwen2": _Family("qwen2", _LLAMA_LIKE),  # biases at q, k and v
     "qwen3": _Family("qwen3", _LLAMA_LIKE | {"tie_word_embeddings": True}),  # as its small sizes are
+    "mistral": _Family("mistral", _LLAMA_LIKE | {"sliding_window": _WINDOW}),
+    "gemma2": _Family("gemma2", _LLAMA_LIKE | _MIXED | _CAPPED),  # scores and logits capped; eager attention; tied
     "gemma3": _Family("gemma3_text", _LLAMA_LIKE | _MIXED),  # blocks take arguments of their own; tied
+    "phi3": _Family("phi3", _LLAMA_LIKE),  # q, k and v in one matrix, gate and up in another
+    "olmo2": _Family("olmo2", _LLAMA_LIKE),  # norms behind attention and MLP, so these read the residual itself
     "opt": _Family(  # tied
         "opt",
         _COMMON
@@ -73,6 +78,11 @@ _FAMILIES = {
     "gpt-neox": _Family(
         "gpt_neox",
         _COMMON | {"hidden_size": 16, "num_hidden_layers": _DEPTH, "num_attention_heads": 2, "max_position_embeddings": 32},
+    ),
+    "falcon": _Family(  # attention beside the MLP, of one input; one key and value for all heads; tied
+        "falcon",
+        _COMMON | {"hidden_size": 16, "num_hidden_layers": _DEPTH, "num_attention_heads": 4, "max_position_embeddings": 32},
+        "ffn_hidden_size",
     ),
 }
 

@@ -10,7 +10,7 @@ Nothing is held across a `yield`: no hook, context manager, grad mode or autocas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ Reduce = Literal["rms", "l1", "l2"]
 
 def walk(job: Job) -> Iterator[Block]:
     """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones."""
-    stream = _Stream(job)
+    stream = Stream(job)
     blocks = job.anatomy.blocks
     try:
         for index, handle in enumerate(blocks):
@@ -47,7 +47,7 @@ def walk(job: Job) -> Iterator[Block]:
 class Block:
     """A decoder block on its visit, with its calibration inputs."""
 
-    def __init__(self, handle: BlockHandle, index: int, stream: _Stream) -> None:
+    def __init__(self, handle: BlockHandle, index: int, stream: Stream) -> None:
         self.handle, self.index, self._stream = handle, index, stream
 
     @property
@@ -69,6 +69,10 @@ class Block:
         """The block's inputs over the calibration set, in order: [sequences, length, hidden] on the device."""
         return self._stream.batches(self.index)
 
+    def inputs(self, samples: Sequence[int]) -> torch.Tensor:
+        """The block's inputs for chosen calibration sequences, in the order given: [chosen, length, hidden] on the device."""
+        return self._stream.chosen(self.index, samples)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The block's output [sequences, length, hidden], as it now is, without gradients."""
         with torch.no_grad():
@@ -84,48 +88,16 @@ class Block:
             For one kind a mapping from matrix to value; for several, a tuple of such mappings in the same order.
         """
         self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
-        with phase("statistics"):
-            shared = SharedStatistics(kinds)
-            with _hooked(self.matrices, shared) as batch_size, torch.no_grad():
-                for hidden in self.batches():
-                    batch_size[0] = hidden.shape[0]
-                    self.forward(hidden)
-                    shared.forget_batch()
-            values = {matrix: shared.values(matrix.name) for matrix in self.matrices}
-        found: tuple[dict[Matrix, torch.Tensor], ...] = tuple(
-            {matrix: of_matrix[i] for matrix, of_matrix in values.items()} for i in range(len(kinds))
-        )
-        return found[0] if len(kinds) == 1 else found
+        return _gather({matrix: matrix.module for matrix in self.matrices}, kinds, self.batches(), self.forward)
 
-    def replica(self, dtype: torch.dtype = torch.float32, of: nn.Module | None = None) -> Replica:
-        """A detached copy in `dtype`, whose parameters take gradients: of the block as it is, or of `of`, another such block."""
-        return Replica(self, dtype, of)
+    def replica(self, dtype: torch.dtype | None = None) -> Replica:
+        """A detached copy of the block, whose parameters take gradients; float32 (float64 for such a model) unless given."""
+        return Replica(self, dtype or self._stream.work_dtype())
 
     def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
-        """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over samples.
-
-        Args:
-            loss: from the block's output for one sample [1, length, hidden] in float32 to a scalar.
-            reduce: over samples: root of the mean of squares, sum of magnitudes, or root of the sum of squares.
-
-        Returns:
-            [outputs, inputs] in float32 for each matrix.
-        """
+        """What `Replica.gradients` finds for the block as it now is."""
         with phase("statistics"):
-            replica = self.replica(self._stream.work_dtype())
-            weights = [replica.parameter(matrix) for matrix in self.matrices]
-            totals = [torch.zeros_like(weight) for weight in weights]
-            samples = 0
-            for batch in self.batches():
-                for hidden in torch.split(batch, 1):
-                    with torch.enable_grad():
-                        found = torch.autograd.grad(loss(replica.forward(hidden)), weights)
-                    for total, gradient in zip(totals, found, strict=True):
-                        total += gradient.abs() if reduce == "l1" else gradient.square()
-                    samples += 1
-            if reduce != "l1":
-                totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
-            return {m: m.oriented(total) for m, total in zip(self.matrices, totals, strict=True)}
+            return self.replica().gradients(loss, reduce)
 
 
 class Replica:
@@ -145,6 +117,41 @@ class Replica:
         """The copy of a matrix's module."""
         return self._inner[matrix.name]
 
+    def collect(self, *kinds: type[Statistic], inputs: torch.Tensor | None = None) -> Any:
+        """As `Block.collect`, of what the copy's matrices read.
+
+        Args:
+            kinds: classes of statistics, any number in one pass.
+            inputs: of the block, [sequences, length, hidden]; the whole calibration set without it.
+        """
+        size = self._block._stream.batch_size
+        batches = self._block.batches() if inputs is None else torch.split(inputs, size)
+        return _gather({m: self._inner[m.name] for m in self._block.matrices}, kinds, batches, self.forward)
+
+    def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
+        """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over the calibration set.
+
+        Args:
+            loss: from the output for one sample [1, length, hidden] in the copy's dtype to a scalar.
+            reduce: over samples: root of the mean of squares, sum of magnitudes, or root of the sum of squares.
+
+        Returns:
+            [outputs, inputs] in the copy's dtype for each matrix.
+        """
+        with phase("statistics"):
+            weights = [self.parameter(matrix) for matrix in self._block.matrices]
+            totals = [torch.zeros_like(weight) for weight in weights]
+            samples = 0
+            for batch in self._block.batches():
+                for hidden in torch.split(batch, 1):
+                    with torch.enable_grad():
+                        found = torch.autograd.grad(loss(self.forward(hidden)), weights)
+                    fold(totals, found, reduce)
+                    samples += 1
+            if reduce != "l1":
+                totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
+            return {m: m.oriented(total) for m, total in zip(self._block.matrices, totals, strict=True)}
+
     def parameter(self, matrix: Matrix) -> nn.Parameter:
         """The copy of a matrix's parameter, in its stored orientation; takes gradients."""
         weight = self._inner[matrix.name].weight
@@ -156,7 +163,16 @@ class Replica:
         return matrix.oriented(self.parameter(matrix))
 
 
-class _Stream:
+def fold(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], reduce: Reduce) -> None:
+    """Add one sample's gradients, which are used up, to the totals: magnitudes for l1, squares otherwise."""
+    for total, gradient in zip(totals, gradients, strict=True):
+        if reduce == "l1":
+            total.add_(gradient.abs_())
+        else:
+            total.addcmul_(gradient, gradient)
+
+
+class Stream:
     """The hidden states on their way through the blocks."""
 
     def __init__(self, job: Job) -> None:
@@ -164,6 +180,13 @@ class _Stream:
         self._hidden: torch.Tensor | None = None
         self._calls: list[BlockCall] = []
         self._at = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self._job.batch_size
+
+    def chosen(self, index: int, samples: Sequence[int]) -> torch.Tensor:
+        return self._job.placement.fetch(self.inputs(index)[list(samples)])
 
     def batches(self, index: int) -> Iterator[torch.Tensor]:
         hidden = self.inputs(index)
@@ -180,10 +203,21 @@ class _Stream:
     def leave(self, index: int) -> None:
         """Move on from a block: its outputs, as it now is, become the inputs of the next."""
         if self._hidden is not None and self._at == index and index + 1 < len(self._job.anatomy.blocks):
-            self._propagate(index)
+            self.propagate(index)
 
     def close(self) -> None:
         self._hidden, self._calls, self._at = None, [], len(self._job.anatomy.blocks)
+
+    def outputs(self) -> torch.Tensor:
+        """The hidden states after the last block, handed over for good."""
+        hidden, self._hidden = self._hidden, None
+        if hidden is None or self._at < len(self._job.anatomy.blocks):
+            raise ContractError("the last block was not run yet, or its outputs are gone.")
+        return hidden
+
+    def returning(self, hidden: torch.Tensor) -> Any:
+        """A hidden state as the blocks of this model return it."""
+        return self._calls[0].returning(hidden)
 
     def work_dtype(self) -> torch.dtype:
         """The dtype for gradients: float32, or float64 where the model is."""
@@ -217,13 +251,14 @@ class _Stream:
                 try:
                     if self._hidden is None:
                         self._record()
-                    self._propagate(self._at)
+                    self.propagate(self._at)
                 finally:
                     placement.release(module)
         finally:
             placement.bring(modules[index])
 
-    def _propagate(self, index: int) -> None:
+    def propagate(self, index: int) -> None:
+        """Run a block over its inputs, which its outputs overwrite."""
         assert self._hidden is not None
         module = self._job.anatomy.blocks[index].module
         with phase("propagation"), torch.no_grad():
@@ -246,9 +281,30 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             inner.training = mode
 
 
+def _gather(
+    modules: Mapping[Matrix, nn.Module],
+    kinds: tuple[type[Statistic], ...],
+    batches: Iterable[torch.Tensor],
+    forward: Callable[[torch.Tensor], torch.Tensor],
+) -> Any:
+    """Statistics of what each matrix's module reads while `forward` runs over the batches, as `Block.collect` returns them."""
+    with phase("statistics"):
+        shared = SharedStatistics(kinds)
+        with _hooked(modules, shared) as batch_size, torch.no_grad():
+            for hidden in batches:
+                batch_size[0] = hidden.shape[0]
+                forward(hidden)
+                shared.forget_batch()
+        values = {matrix: shared.values(matrix.name) for matrix in modules}
+    found: tuple[dict[Matrix, torch.Tensor], ...] = tuple(
+        {matrix: of_matrix[i] for matrix, of_matrix in values.items()} for i in range(len(kinds))
+    )
+    return found[0] if len(kinds) == 1 else found
+
+
 @contextmanager
-def _hooked(matrices: list[Matrix], shared: SharedStatistics) -> Iterator[list[int]]:
-    """Show every matrix's inputs to the statistics while the block runs; yields a cell for the batch size."""
+def _hooked(modules: Mapping[Matrix, nn.Module], shared: SharedStatistics) -> Iterator[list[int]]:
+    """Show what each matrix's module reads to the statistics while the block runs; yields a cell for the batch size."""
     batch_size = [0]
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
@@ -257,7 +313,7 @@ def _hooked(matrices: list[Matrix], shared: SharedStatistics) -> Iterator[list[i
 
         return see
 
-    handles = [m.module.register_forward_pre_hook(hook_for(m.name), with_kwargs=True) for m in matrices]
+    handles = [module.register_forward_pre_hook(hook_for(m.name), with_kwargs=True) for m, module in modules.items()]
     try:
         yield batch_size
     finally:

@@ -28,6 +28,12 @@ class BlockCall:
     kwargs: dict[str, Any]
     dtype: torch.dtype
     """The hidden state's."""
+    tail: tuple[Any, ...] | None = None
+    """What the block returns after the hidden state; None where it returns that alone, and no tuple."""
+
+    def returning(self, hidden: torch.Tensor) -> Any:
+        """A hidden state as the block returns it."""
+        return hidden if self.tail is None else (hidden, *self.tail)
 
     def sized(self, batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for `batch` sequences; for a hidden state of another dtype floating tensors follow it."""
@@ -78,7 +84,7 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
         job.model.base_model(input_ids=batch.to(job.device), use_cache=False)
         return recording.end_batch()
 
-    with _replaced(blocks, recording, family):
+    with replaced(blocks, recording.forward):
         run(tokens[:1])
         run(tokens[:1].repeat(2, 1))
         for start in range(0, len(tokens), job.batch_size):
@@ -89,6 +95,21 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
             hidden[start : start + len(batch)] = job.placement.rest(first)
     assert hidden is not None
     return hidden, recording.calls
+
+
+@contextmanager
+def replaced(blocks: list[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Give every block the forward that `make` gives for its index and its own, by instance attribute; no module is."""
+    earlier = [block.__dict__.get("forward") for block in blocks]  # others replace it too, accelerate for one
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index, block.forward)
+        yield
+    finally:
+        for block, before in zip(blocks, earlier, strict=True):
+            block.__dict__.pop("forward", None)
+            if before is not None:
+                block.forward = before
 
 
 class _Recording:
@@ -124,7 +145,7 @@ class _Recording:
             self.calls.append(BlockCall(args, kwargs, hidden.dtype))
         elif self._runs == 2:
             kept = self.calls[index]
-            self.calls[index] = BlockCall(_marked(kept.args, args), _marked(kept.kwargs, kwargs), kept.dtype)
+            self.calls[index] = BlockCall(_marked(kept.args, args), _marked(kept.kwargs, kwargs), kept.dtype, kept.tail)
         if not _same(self.calls[index].sized(self._batch, hidden.dtype), (args, kwargs)):
             raise Refused(f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed.")
         self._visited += 1
@@ -132,33 +153,18 @@ class _Recording:
             self._first = hidden.clone()  # after the last block the model may write into it
         self._handed = (hidden, _writes(hidden))
 
+    def forward(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
+        """What block `index` does instead of its own forward."""
 
-@contextmanager
-def _replaced(blocks: list[nn.Module], recording: _Recording, family: str) -> Iterator[None]:
-    """Give every block a recording forward, by instance attribute: the module tree stays as it is."""
-    shape: Callable[[torch.Tensor], Any] | None = None
-
-    def recorder(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal shape
+        def record(*args: Any, **kwargs: Any) -> Any:
             hidden, rest, named = _split(args, kwargs)
-            recording.visit(index, hidden, rest, named)
-            if shape is None:
-                shape = _return_shape(own, hidden, recording.calls[0], family)
-            return shape(hidden)
+            self.visit(index, hidden, rest, named)
+            call = self.calls[index]
+            if self._runs == 1:
+                call.tail = self.calls[0].tail if index else _tail(own, hidden, call, self._family)
+            return call.returning(hidden)
 
-        return forward
-
-    earlier = [block.__dict__.get("forward") for block in blocks]  # others replace it too, accelerate for one
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = recorder(index, block.forward)
-        yield
-    finally:
-        for block, replaced in zip(blocks, earlier, strict=True):
-            block.__dict__.pop("forward", None)
-            if replaced is not None:
-                block.forward = replaced
+        return record
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -168,16 +174,15 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     return named.pop("hidden_states"), (), named
 
 
-def _return_shape(own: Callable[..., Any], hidden: torch.Tensor, call: BlockCall, family: str) -> Callable[[torch.Tensor], Any]:
-    """How the blocks return the hidden state, found by running the first one, which is on the device, on one sequence."""
+def _tail(own: Callable[..., Any], hidden: torch.Tensor, call: BlockCall, family: str) -> tuple[Any, ...] | None:
+    """What the blocks return after the hidden state, found by running the first, which is on the device, on one sequence."""
     args, kwargs = call.sized(1, hidden.dtype)
     output = own(hidden[:1].clone(), *args, **kwargs)
     if not isinstance(output, tuple):
-        return lambda state: state
+        return None
     if any(isinstance(part, torch.Tensor) for part in output[1:]):
         raise Refused(f"the blocks of {family} return more than the hidden state, which the walk cannot follow.")
-    tail = output[1:]
-    return lambda state: (state, *tail)
+    return output[1:]
 
 
 def _writes(tensor: torch.Tensor) -> int:

@@ -222,8 +222,66 @@ def test_removed_entries_must_be_zero() -> None:
 
 
 def test_a_comparison_group_that_is_none() -> None:
-    with pytest.raises(AuditError, match="'column' is none of row, matrix and model"):
+    with pytest.raises(AuditError, match="'column' is none of row, matrix, model and columns:N"):
         audit(pruned(), HALF, "column")
+
+
+@pytest.mark.parametrize("group", ["columns:", "columns:0", "columns:x", "columns:-4"])
+def test_slabs_of_no_width(group: str) -> None:
+    with pytest.raises(AuditError, match="names no number of columns"):
+        audit(pruned(), HALF, group)
+
+
+def slabs_removed(shape: tuple[int, int], width: int, target: Unstructured) -> torch.Tensor:
+    """A mask that removes the target's share of every slab: its first rows, and part of one."""
+    keep = torch.ones(shape, dtype=torch.bool)
+    for slab in keep.split(width, dim=1):
+        flat = torch.ones(slab.numel(), dtype=torch.bool)
+        flat[: int(slab.numel() * target.sparsity)] = False
+        slab.copy_(flat.view(slab.shape))
+    return keep
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("width", [1, 7, 10, 16, 24, 128])
+def test_slabs_of_columns(family: str, width: int) -> None:
+    """Widths that divide the matrices, leave a narrower slab, or are wider than a matrix."""
+    target = Unstructured(0.6)
+    anatomy = find_anatomy(tiny(family))
+    for matrix in anatomy.matrices:
+        matrix.keep(slabs_removed(matrix.shape, width, target))
+    found = audit(anatomy, target, f"columns:{width}")
+    for matrix in found.matrices:
+        rows, columns = matrix.shape
+        assert matrix.removed == columns // width * int(rows * width * 0.6) + int(rows * (columns % width) * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "says"),
+    [
+        (2, 0, rf"^79 entries of columns 0 to 9 of {DOWN} are removed; 0\.5 of 160 are 80\.$"),
+        (15, 23, rf"^33 entries of columns 20 to 23 of {DOWN} are removed; 0\.5 of 64 are 32\.$"),
+    ],
+    ids=["one too few", "one too many in the narrow slab"],
+)
+def test_one_entry_too_many_or_few_in_a_slab(row: int, column: int, says: str) -> None:
+    anatomy = find_anatomy(tiny())
+    for matrix in anatomy.matrices:
+        matrix.keep(slabs_removed(matrix.shape, 10, HALF))
+    audit(anatomy, HALF, "columns:10")
+    flip(anatomy, DOWN, row, column)
+    weights_follow(anatomy, DOWN)
+    with pytest.raises(AuditError, match=says):
+        audit(anatomy, HALF, "columns:10")
+
+
+def test_slabs_are_not_made_up_by_others() -> None:
+    anatomy = find_anatomy(tiny())
+    for matrix in anatomy.matrices:
+        matrix.keep(first_columns(matrix.shape, HALF))
+    assert audit(anatomy, HALF, "matrix").removed == anatomy.prunable_parameters // 2
+    with pytest.raises(AuditError, match=r"^64 entries of columns 0 to 3 of .*q_proj are removed; 0\.5 of 64 are 32\.$"):
+        audit(anatomy, HALF, "columns:4")
 
 
 # Zeros beyond the mask, and what is no number

@@ -7,6 +7,7 @@ They count and compare on their own, without the handles and masks that pruner a
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -216,6 +217,9 @@ def _counts(found: Contents, target: Target, group: str) -> list[tuple[str, torc
         return [(f"a row of {name}", zero.sum(1), int(zero.shape[1] * target.sparsity)) for name, zero in found.items()]
     if group == "matrix":
         return [(name, zero.sum().view(1), int(zero.numel() * target.sparsity)) for name, zero in found.items()]
+    if group.startswith("columns:"):
+        slabs = [(name, slab) for name, zero in found.items() for slab in zero.split(int(group.removeprefix("columns:")), 1)]
+        return [(f"a slab of {name}", slab.sum().view(1), int(slab.numel() * target.sparsity)) for name, slab in slabs]
     total = torch.stack([zero.sum() for zero in found.values()]).sum().view(1)
     return [("the model", total, int(sum(zero.numel() for zero in found.values()) * target.sparsity))]
 
@@ -264,7 +268,7 @@ def _check_answers(answers: dict[str, Any]) -> None:
     allowed: dict[str, Callable[[Any], bool]] = {
         "needs": lambda answer: isinstance(answer, Needs),
         "changes": lambda answer: isinstance(answer, Changes),
-        "audit_group": lambda answer: answer in ("row", "matrix", "model"),
+        "audit_group": lambda answer: bool(re.fullmatch(r"row|matrix|model|columns:[1-9]\d*", str(answer))),
         "refuses": lambda answer: answer is None or (isinstance(answer, str) and bool(answer.strip())),
     }
     for question, fits in allowed.items():

@@ -149,7 +149,7 @@ def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = F
     Args:
         anatomy: the pruned model.
         target: what was asked for.
-        group: in which comparison group unstructured counts are exact: `row`, `matrix` or `model`.
+        group: in which comparison group unstructured counts are exact: `row`, `matrix`, `model` or `columns:N`.
         explained: whether the method noted why there are extra zeros.
 
     Raises:
@@ -214,8 +214,25 @@ def _check_counts(matrix: LinearMatrix, gone: torch.Tensor, removed: int, target
         wanted = target.removed(rows * columns)
         if removed != wanted:
             raise AuditError(f"{removed} entries of {matrix.name} are removed; {target} of {rows * columns} are {wanted}.")
+    elif group.startswith("columns:"):
+        _check_slabs(matrix, gone, target, group)
     elif group != "model":
-        raise AuditError(f"the comparison group {group!r} is none of row, matrix and model.")
+        raise AuditError(f"the comparison group {group!r} is none of row, matrix, model and columns:N.")
+
+
+def _check_slabs(matrix: LinearMatrix, gone: torch.Tensor, target: Unstructured, group: str) -> None:
+    """Slabs of N consecutive columns over all rows; the last may be narrower."""
+    width = group.removeprefix("columns:")
+    if not width.isdecimal() or not int(width):
+        raise AuditError(f"the comparison group {group!r} names no number of columns.")
+    for index, slab in enumerate(gone.split(int(width), dim=1)):
+        removed, wanted = int(slab.sum()), target.removed(slab.numel())
+        if removed != wanted:
+            first = index * int(width)
+            raise AuditError(
+                f"{removed} entries of columns {first} to {first + slab.shape[1] - 1} of {matrix.name} are removed; "
+                f"{target} of {slab.numel()} are {wanted}."
+            )
 
 
 def _fingerprints(anatomy: ModelAnatomy) -> dict[str, bytes]:

@@ -44,6 +44,33 @@ class InputNorm(Statistic):
         return (self._squares / max(1, self._sequences)).sqrt().to(self.dtype)
 
 
+class Gram(Statistic):
+    """`2/N * sum over N sequences of X'X`, [inputs, inputs]: the Hessian of SparseGPT's least squares (`methods.md` 4.1)."""
+
+    def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(width, device, dtype)
+        self._mean = torch.zeros(width, width, device=device, dtype=dtype)
+        self._sequences = 0
+
+    def add(self, inputs: torch.Tensor, sequences: int) -> None:
+        """Take a batch into the running mean, by panels of rows from the diagonal on: half of a symmetric matrix is enough."""
+        old, self._sequences = self._sequences, self._sequences + sequences
+        for start, end in self._panels():
+            panel = self._mean[start:end, start:]
+            panel.addmm_(inputs[:, start:end].t(), inputs[:, start:], beta=old / self._sequences, alpha=2 / self._sequences)
+
+    def value(self) -> torch.Tensor:
+        """The mean, [inputs, inputs]; not a copy."""
+        for start, end in self._panels():
+            self._mean[end:, start:end] = self._mean[start:end, end:].t()
+        return self._mean
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Few enough for products of a good size, many enough to leave most of the lower half out."""
+        size = max(128, self.width // 8)
+        return [(start, min(start + size, self.width)) for start in range(0, self.width, size)]
+
+
 class SharedStatistics:
     """One pass's statistics of several kinds for several matrices, shared where matrices read one tensor.
 

@@ -36,13 +36,14 @@ from prunebench.toolkit import keep_mask, magnitude_scores, walk, wanda_scores
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before
 from prunebench.toolkit.dense import DenseWeights
+from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.wanda import Wanda
 
 REGISTERED = [entry.cls for _, entry in sorted(load_registry().pruners.items())]
 
 
-@parametrize_with_checks([*REGISTERED, partial(Magnitude, group="row")])
+@parametrize_with_checks([*REGISTERED, partial(Magnitude, group="row"), partial(Gblm, norm="l2")])
 def test_registered(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:
     check(pruner, family)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prunebench.spec import Pruner, hookimpl
 from prunebench_pruners.dense import DensePruner
+from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.random import RandomPruner
 from prunebench_pruners.wanda import Wanda
@@ -12,4 +13,4 @@ from prunebench_pruners.wanda import Wanda
 @hookimpl
 def prunebench_pruners() -> list[type[Pruner]]:
     """The methods, from the null pruner up."""
-    return [DensePruner, RandomPruner, Magnitude, Wanda]
+    return [DensePruner, RandomPruner, Magnitude, Wanda, Gblm]

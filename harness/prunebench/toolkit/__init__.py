@@ -1,5 +1,6 @@
 """What authors of pruners build with."""
 
+from prunebench.toolkit.gradients import loss_gradients
 from prunebench.toolkit.masks import keep_mask
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import gradient_scores, magnitude_scores, wanda_scores
@@ -13,6 +14,7 @@ __all__ = [
     "Statistic",
     "gradient_scores",
     "keep_mask",
+    "loss_gradients",
     "magnitude_scores",
     "phase",
     "walk",

@@ -25,6 +25,8 @@ from prunebench.options import parse_step, split_steps
 from prunebench.plugins import load_registry
 from prunebench.results.records import ModelSpec, Recipe, RunRecord, RunSpec, ScoreRecord
 from prunebench.spec import Progress
+from prunebench.toolkit.adapter_files import adapter_files, load_adapters
+from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.loading import ALLOWABLE, DTYPES, identify, load_model, resolve_model
 
@@ -126,8 +128,10 @@ def evaluate_model(
         threads=0,
         batch_size=batch_size,
     )
-    outcome = runner.Outcome()
-    runner.evaluate(request, load_model(source, dtype), lambda *_: None, outcome)
+    outcome, loaded = runner.Outcome(), load_model(source, dtype)
+    if adapter_files(source.folder):
+        load_adapters(find_anatomy(loaded), source.folder)
+    runner.evaluate(request, loaded, lambda *_: None, outcome)
     return outcome.scores
 
 

@@ -1,4 +1,5 @@
-"""A pruned model as a folder: a normal Hugging Face model, with its record and its bit-packed keep masks beside it."""
+"""A pruned model as a folder: a normal Hugging Face model, with its record, its bit-packed keep masks and, in a folder of its
+own, the adapters that stay apart from the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prunebench.errors import StoreError
 from prunebench.results.records import RunRecord
+from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify, quiet_transformers
 
@@ -70,8 +72,9 @@ def save_pruned(
                 metadata={"format": MASK_FORMAT, "shapes": json.dumps(shapes)},
             )
             (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-            for path in folder.iterdir():
-                path.chmod(0o644)
+            save_adapters(anatomy, folder)
+            for path in folder.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
             if out.is_dir():
                 out.rmdir()
             shutil.move(folder, out)

@@ -32,6 +32,7 @@ from prunebench.results.records import (
 )
 from prunebench.spec import Changes, EvalJob, Job, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import Target, parse_target
+from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
 from prunebench.toolkit.dense import DenseWeights
@@ -86,6 +87,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     progress("load", 0, 1)
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
+    load_adapters(anatomy, request.model.folder)
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
     placement = Resident(request.device)
     place_model(model, [block.module for block in anatomy.blocks], placement)

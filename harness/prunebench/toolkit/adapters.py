@@ -14,7 +14,7 @@ from prunebench.errors import ContractError
 from prunebench.handles import Matrix
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Adapter:
     """`scale * up @ down` beside a matrix (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
 
@@ -27,9 +27,9 @@ class Adapter:
     scale: float
 
     def added(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the matrix's output gains, in the adapter's dtype."""
-        down, up = self.down.to(inputs.device), self.up.to(inputs.device)
-        return nn.functional.linear(nn.functional.linear(inputs.to(down.dtype), down), up) * self.scale
+        """What the matrix's output gains, in the adapter's dtype; the factors follow the inputs to their device."""
+        self.down, self.up = self.down.to(inputs.device), self.up.to(inputs.device)
+        return nn.functional.linear(nn.functional.linear(inputs.to(self.down.dtype), self.down), self.up) * self.scale
 
 
 class Adapters:

@@ -26,7 +26,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prunebench.errors import ModelError
+from prunebench.errors import ModelError, Refused
+from prunebench.toolkit.adapter_files import adapter_files, load_adapters
+from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.calibration import Vocabulary
 
@@ -117,9 +119,14 @@ def identify(source: ModelSource) -> ModelIdentity:
     except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
+    if adapter := adapter_files(folder):
+        try:
+            load_adapters(find_anatomy(shell), folder)  # what fits a model without weights fits the model
+        except Refused as refusal:
+            raise ModelError(f"the adapter of {source.name} cannot be used: {refusal}") from None
     settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
     return ModelIdentity(
-        weights=digest([settings, *(digest_file(path) for path in weights)]),
+        weights=digest([settings, *(digest_file(path) for path in [*weights, *adapter])]),
         tokenizer_hash=digest(digest_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()),
         config=config,
         tokenizer=tokenizer,

@@ -90,9 +90,10 @@ class Block:
         self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
         return _gather({matrix: matrix.module for matrix in self.matrices}, kinds, self.batches(), self.forward)
 
-    def replica(self, dtype: torch.dtype | None = None) -> Replica:
-        """A detached copy of the block, whose parameters take gradients; float32 (float64 for such a model) unless given."""
-        return Replica(self, dtype or self._stream.work_dtype())
+    def replica(self, dtype: torch.dtype | None = None, of: nn.Module | None = None) -> Replica:
+        """A detached copy of the block (or of another such block), whose parameters take gradients; float32 unless given
+        (float64 for such a model)."""
+        return Replica(self, dtype or self._stream.work_dtype(), of)
 
     def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
         """What `Replica.gradients` finds for the block as it now is."""
@@ -104,18 +105,19 @@ class Replica:
     """A detached copy of a block: train it, compare with it, throw it away."""
 
     def __init__(self, block: Block, dtype: torch.dtype, of: nn.Module | None = None) -> None:
-        self._block, self._dtype = block, dtype
+        self._block, self.dtype = block, dtype
         self.module = copy.deepcopy(block.module if of is None else of).to(dtype).eval()
         self.module.requires_grad_(True)
         self._inner = {f"{block.name}.{name}".rstrip("."): module for name, module in self.module.named_modules()}
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The copy's output for inputs of the block, [sequences, length, hidden] in the copy's dtype."""
-        return self._block._stream.call(self._block.index, self.module, hidden.to(self._dtype))
+        return self._block._stream.call(self._block.index, self.module, hidden.to(self.dtype))
 
     def inner(self, matrix: Matrix) -> nn.Module:
         """The copy of a matrix's module."""
-        return self._inner[matrix.name]
+        module: nn.Module = self._inner[matrix.name]
+        return module
 
     def collect(self, *kinds: type[Statistic], inputs: torch.Tensor | None = None) -> Any:
         """As `Block.collect`, of what the copy's matrices read.

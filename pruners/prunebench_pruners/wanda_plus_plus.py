@@ -1,0 +1,138 @@
+"""Wanda++: Pruning Large Language Models via Regional Gradients (Yang et al. 2025, arXiv 2503.04992; ACL Findings 2025).
+
+RGS, the score: `S_ij = (alpha * G_ij + ||X_j||_2) * |W_ij|`, `G_ij` the root mean square over samples of the gradient of
+`||f(X_n)||_2`, the norm of the whole output of this one dense block f for sample n.
+RO, the optimisation: `rounds` times, draw `ro_samples` samples, score the block on them and prune it, then take one RMSprop
+step a sample on the squared distance of its outputs from the dense block's. A last scoring on all samples lays the mask.
+Comparison group: each output row; N:M in groups of M columns. Needs calibration text and gradients of one block at a time;
+RO changes surviving weights. Inputs of a block are the outputs of the pruned blocks before it.
+
+The authors' code is not public. Where the paper is silent we follow the public unofficial code (TTTTTTris/wandaplus): input
+norms are summed over samples, removed weights train on from zero, defaults. We do not follow it where it removes whole
+columns at unstructured targets, collects norms in seven passes of a half-pruned block, adds up gradients over the steps of a
+round, or scores in half precision. A mask that a round lays is seldom left at small learning rates: what restarts from zero
+stays small. `restart = dense`, UNVERIFIED, in no source, is our reading of "pruned weights are not frozen": the forward sees
+zero, and the gradient there (straight through) moves the dense value that the next scoring sees.
+Weights that an earlier step removed stay removed and do not train. A learning rate of 0 is no RO: the scoring alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from prunebench.errors import OptionError
+from prunebench.spec import Changes, Job, Matrix, Needs, Pruner, option
+from prunebench.toolkit import Block, InputNorm, Replica, gradient_scores, keep_mask, walk, wanda_scores
+from prunebench.toolkit.regional import Findings, Student
+
+Tensors = Mapping[Matrix, torch.Tensor]
+
+HELD_OUT = 8
+"""Samples, of those that no round draws, on which a block's error before and after RO is noted."""
+
+
+@dataclass
+class WandaPlusPlus(Pruner):
+    """Wanda with the gradients of each block's output in the score, and the block trained while it is pruned."""
+
+    name: ClassVar[str] = "wanda++"
+
+    rgs: bool = option(True, "score with regional gradients; without them the score is Wanda's")
+    ro: bool = option(True, "optimise each block towards its dense outputs")
+    alpha: float = option(100.0, "how much gradients count beside input norms")
+    rounds: int = option(5, "RO: how often to score, prune and train")
+    ro_samples: int = option(32, "RO: samples drawn a round")
+    learning_rate: float = option(3e-7, "RO: of RMSprop; 0 is no RO")
+    act_norm: Literal["sum", "mean"] = option("sum", "square input norms added up over samples, or averaged")
+    refresh_gradient: bool = option(False, "RO: take the gradients anew for the last scoring")
+    restart: Literal["zero", "dense"] = option("zero", "RO: what a removed weight trains on from: zero, or its hidden value")
+
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.ro_samples) < 1 or min(self.alpha, self.learning_rate) < 0:
+            raise OptionError("wanda++: rounds and ro_samples are at least 1, alpha and learning_rate at least 0.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything of RO to do."""
+        return self.ro and self.learning_rate > 0
+
+    def needs(self) -> Needs:
+        """Weights and calibration text; gradients where they are taken; for RO a seed, which its draws follow."""
+        needs = Needs.WEIGHTS | Needs.CALIBRATION
+        if self.rgs or self.trains:
+            needs |= Needs.GRADIENTS
+        return needs | Needs.SEED if self.trains else needs
+
+    def changes(self) -> Changes:
+        """The mask, and with RO what survives."""
+        return Changes.MASK_GROWS | Changes.KEPT_WEIGHTS if self.trains else Changes.MASK_GROWS
+
+    def prune(self, job: Job) -> None:
+        """One backward pass through each block for the score; then its masks at once, or after the rounds of RO."""
+        trains = self.trains and job.target.sparsity > 0  # a block that is its own teacher would learn rounding errors
+        generator = torch.Generator().manual_seed(job.seed)  # on the host: the same draws on every device
+        findings = Findings()
+        for block in walk(job):
+            replica = block.replica() if self.rgs or trains else None
+            gradients = replica.gradients(torch.linalg.vector_norm) if replica and self.rgs else None
+            if replica and trains:
+                self._optimise(job, block, replica, gradients, generator, findings)
+            else:
+                masks = self._masks(job, lambda m: m.weight, block.collect(InputNorm), gradients, len(job.calibration))
+                for matrix, mask in masks.items():
+                    matrix.keep(mask)
+        if trains:
+            findings.tell(job)
+
+    def _optimise(
+        self,
+        job: Job,
+        block: Block,
+        replica: Replica,
+        gradients: Tensors | None,
+        generator: torch.Generator,
+        findings: Findings,
+    ) -> None:
+        """Score, prune and train on samples drawn anew each round; then the masks, by a scoring on all samples."""
+        samples = len(job.calibration)
+        draws = [torch.randperm(samples, generator=generator)[: self.ro_samples].tolist() for _ in range(self.rounds)]
+        held_out = sorted(set(range(samples)).difference(*draws))[:HELD_OUT]
+        student = Student(job, block, replica, self.learning_rate, latent=self.restart == "dense")
+        if held_out:
+            alone = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)
+            before = student.error(held_out, {m: m.weight * mask for m, mask in alone.items()})
+        for drawn in draws:
+            inputs = block.inputs(drawn)
+            norms = replica.collect(InputNorm, inputs=inputs)
+            student.prune(self._masks(job, student.weight, norms, gradients, len(drawn)))
+            student.train(inputs)
+        if gradients and self.refresh_gradient:
+            gradients = replica.gradients(torch.linalg.vector_norm)
+        masks = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)
+        if held_out:
+            written = {m: (student.weight(m) * mask).to(m.weight.dtype) for m, mask in masks.items()}
+            findings.errors.append((len(held_out), before, student.error(held_out, written)))
+        else:
+            findings.errors.append(None)
+        for matrix, mask in masks.items():
+            findings.compare(matrix, student.weight(matrix), mask)
+            matrix.write(student.weight(matrix), mask)
+
+    def _masks(
+        self, job: Job, weight: Callable[[Matrix], torch.Tensor], norms: Tensors, gradients: Tensors | None, samples: int
+    ) -> dict[Matrix, torch.Tensor]:
+        """Keep masks by the score; `norms` are over so many samples."""
+        # What `sum` multiplies the norms by divides alpha instead: the same order, and alpha = 0 is Wanda to the bit.
+        alpha = self.alpha / math.sqrt(samples) if self.act_norm == "sum" else self.alpha
+        masks = {}
+        for m, norm in norms.items():
+            scores = gradient_scores(weight(m), norm, gradients[m], alpha) if gradients else wanda_scores(weight(m), norm)
+            if m.name in job.masks:
+                scores.masked_fill_(~job.masks[m.name].to(scores.device), -1.0)
+            masks[m] = keep_mask(scores, job.target, group="row")
+        return masks

@@ -8,9 +8,10 @@ from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.random import RandomPruner
 from prunebench_pruners.wanda import Wanda
+from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 
 @hookimpl
 def prunebench_pruners() -> list[type[Pruner]]:
     """The methods, from the null pruner up."""
-    return [DensePruner, RandomPruner, Magnitude, Wanda, Gblm]
+    return [DensePruner, RandomPruner, Magnitude, Wanda, Gblm, WandaPlusPlus]

@@ -36,6 +36,7 @@ from prunebench.toolkit import keep_mask, magnitude_scores, walk, wanda_scores
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before
 from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.heads import untie_head
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.wanda import Wanda
@@ -199,6 +200,73 @@ class UntiesHead(Plain):
     def finish(self, job: Job) -> None:
         head = job.model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+class UntiesInMemoryOnly(UntiesHead):
+    """Declares it, and the settings still say that the head is tied."""
+
+    def changes(self) -> Changes:
+        return Changes.MASK_GROWS | Changes.HEAD
+
+
+class ChangesTiedHead(TouchesHead):
+    """Declares the head, and changes the embedding with it."""
+
+    def changes(self) -> Changes:
+        return Changes.MASK_GROWS | Changes.HEAD
+
+
+class UntiesAndForgets(Plain):
+    """A gradient stays at the head that was untied."""
+
+    def changes(self) -> Changes:
+        return Changes.MASK_GROWS | Changes.HEAD
+
+    def finish(self, job: Job) -> None:
+        untie_head(job.model)
+        head = job.model.get_output_embeddings().weight
+        head.grad = torch.ones_like(head)
+
+
+class Attaches(Plain):
+    """Does not say so."""
+
+    def factors(self, job: Job, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = matrix.shape
+        return torch.arange(2.0 * columns).view(2, columns), torch.arange(2.0 * rows).view(rows, 2)
+
+    def finish(self, job: Job) -> None:
+        for matrix in job.anatomy.matrices[1::2]:
+            job.attach(matrix, *self.factors(job, matrix), 0.25)
+
+
+class Adapts(Attaches):
+    """Says so."""
+
+    name: ClassVar[str] = "adapts"
+
+    def changes(self) -> Changes:
+        return Changes.MASK_GROWS | Changes.ADAPTER
+
+
+class AdaptsAndHooks(Adapts):
+    """Leaves a hook of its own besides, which no saving knows of."""
+
+    def finish(self, job: Job) -> None:
+        super().finish(job)
+        job.anatomy.matrices[0].module.register_forward_hook(lambda module, args, output: output * 2)
+
+
+class AdaptsByChance(Adapts):
+    def factors(self, job: Job, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = matrix.shape
+        return torch.randn(2, columns), torch.randn(rows, 2)
+
+
+class AdaptsByBatch(Adapts):
+    def factors(self, job: Job, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        down, up = super().factors(job, matrix)
+        return down, up + job.batch_size
 
 
 class FirstBatchOnly(Plain):
@@ -395,6 +463,13 @@ WRONG: list[tuple[type[Plain], str, set[str], str]] = [
     (ChangesBias, "qwen2", STRAY, "q_proj.bias changed"),
     (UntiesHead, "gpt2", {"declared_changes", "saves"}, "untied"),
     (UntiesHead, "opt", {"declared_changes", "saves"}, "untied"),
+    (UntiesInMemoryOnly, "gpt2", LEFT | {"saves"}, "tie_word_embeddings is True and should be False"),
+    (ChangesTiedHead, "qwen3", STRAY, "model.embed_tokens.weight changed"),
+    (UntiesAndForgets, "opt", LEFT, "left a gradient on lm_head.weight"),
+    (Attaches, "llama", STRAY | LEFT, "left a hook (forward_hooks) on model.layers.0.mlp.up_proj"),
+    (AdaptsAndHooks, "llama", LEFT, "left a hook (forward_hooks) on model.layers.0.self_attn.q_proj"),
+    (AdaptsByChance, "llama", LEFT | {"same_seed"}, "factor of adapter 0 of model.layers.0.self_attn.k_proj"),
+    (AdaptsByBatch, "llama", {"batch_splits"}, "in the adapter of model.layers.0.mlp.up_proj in float64"),
     (FirstBatchOnly, "llama", {"batch_splits"}, "batches of 3 and of 7 differ"),
     (DropsLastBatch, "llama", {"batch_splits"}, "batches of 3 and of 7 differ"),
     (GlobalRandom, "llama", LEFT | {"same_seed"}, "with the same seed"),
@@ -513,6 +588,19 @@ class Trains(Pruner):
             parameter.requires_grad_(flag)
 
 
+class MovesHead(Plain):
+    """Unties it first, and declares it."""
+
+    name: ClassVar[str] = "moves-head"
+
+    def changes(self) -> Changes:
+        return Changes.MASK_GROWS | Changes.HEAD
+
+    def finish(self, job: Job) -> None:
+        untie_head(job.model)
+        job.model.get_output_embeddings().weight.data[0, 0] += 1
+
+
 class AfterOthersOnly(Trains):
     """Has nothing to do where nothing was removed."""
 
@@ -533,7 +621,10 @@ class TwoOfFour(Plain):
         return None if facts.target == NM(2, 4) else "only 2:4 is supported."
 
 
-@parametrize_with_checks([Updates, WholeModel, Moves, Trains, AfterOthersOnly], families=["llama", "qwen2", "gemma3", "gpt2"])
+UNUSUAL = [Updates, WholeModel, Moves, Trains, AfterOthersOnly, MovesHead, Adapts]
+
+
+@parametrize_with_checks(UNUSUAL, families=["llama", "qwen2", "gemma3", "gpt2"])
 def test_unusual_pruner_passes(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:
     check(pruner, family)
 

@@ -10,6 +10,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,21 @@ from prunebench.testing.trial import (
     Factory,
     Task,
     Trial,
+    added,
     bits,
     contents,
     differing,
     failing,
+    far_apart,
     lighter,
     linears,
     refusal,
     tasks,
     ties,
+    without_head,
     zeros,
 )
+from prunebench.toolkit.adapter_files import load_adapters, save_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before, audit
 from prunebench.toolkit.loading import quiet_transformers
@@ -78,6 +83,8 @@ def check_zero_sparsity(make: Factory, family: str) -> None:
         if removed:
             raise CheckFailed(f"the mask of {removed[0]} removes entries at a sparsity of 0.")
         undeclared = _undeclared(trial.model, before, trial.pruner.changes() & ~Changes.MASKS)
+        if len(trial.anatomy.adapters) and not trial.pruner.changes() & Changes.ADAPTER:
+            undeclared.append("what the matrices add up to, by adapters,")
         if undeclared:
             raise CheckFailed(f"{undeclared[0]} changed at a sparsity of 0, and the pruner does not declare it.")
 
@@ -93,7 +100,7 @@ def check_declared_changes(make: Factory, family: str) -> None:
         found, copied, tied = Before(trial.anatomy, trial.dense, False), contents(trial.model), ties(trial.model)
         gone = zeros(trial.model)
         changes = trial.prune().pruner.changes()
-        if ties(trial.model) != tied:
+        if ties(trial.model) not in (tied, without_head(trial.model, tied) if changes & Changes.HEAD else tied):
             raise CheckFailed("parameters that shared one tensor were untied, or others were tied.")
         revived = [name for name, zero in zeros(trial.model).items() if bool((gone[name] & ~zero).any())]
         if revived and not changes & Changes.MASK_MOVES:
@@ -116,7 +123,7 @@ def check_same_seed(make: Factory, family: str) -> None:
             random.seed(stir)
             np.random.seed(stir)
             torch.manual_seed(stir)
-            results.append(contents(Trial(make, family, task, pruner=pruner).prune().model))
+            results.append(Trial(make, family, task, pruner=pruner).prune().left())
     differ = differing(*results)
     if differ:
         raise CheckFailed(f"{differ[0]} differs between two runs of one instance with the same seed.")
@@ -124,28 +131,41 @@ def check_same_seed(make: Factory, family: str) -> None:
 
 @failing()
 def check_batch_splits(make: Factory, family: str) -> None:
-    """Batches of 1, of 3 and of all: the same masks but for max(2, 0.01%) of a matrix, and quite the same in float64."""
+    """Batches of 1, of 3 and of all: the same masks but for max(2, 0.01%) of a matrix, and quite the same in float64.
+
+    Adapters too add the same in float64, to a millionth.
+    """
     task = tasks(make, family, TARGETS)[0]
     for dtype in (torch.float32, torch.float64):
         sizes = (SAMPLES, 3, 1)
-        found = [zeros(Trial(make, family, task, dtype=dtype, batch_size=size).prune().model) for size in sizes]
+        trials = [Trial(make, family, task, dtype=dtype, batch_size=size).prune() for size in sizes]
+        found = [zeros(trial.model) for trial in trials]
+        for size, trial in zip(sizes[1:], trials[1:], strict=True):
+            differ = far_apart(added(trials[0].anatomy), added(trial.anatomy)) if dtype == torch.float64 else []
+            if differ:
+                raise CheckFailed(f"batches of {size} and of {SAMPLES} differ in the adapter of {differ[0]} in float64.")
         for size, masks in zip(sizes[1:], found[1:], strict=True):
             for name, mask in masks.items():
-                differ = int((mask != found[0][name]).sum())
-                if differ > (max(2, mask.numel() // 10_000) if dtype == torch.float32 else 0):
+                count = int((mask != found[0][name]).sum())
+                if count > (max(2, mask.numel() // 10_000) if dtype == torch.float32 else 0):
                     kind = str(dtype).removeprefix("torch.")
-                    raise CheckFailed(f"batches of {size} and of {SAMPLES} differ in {differ} zeros of {name} in {kind}.")
+                    raise CheckFailed(f"batches of {size} and of {SAMPLES} differ in {count} zeros of {name} in {kind}.")
 
 
 @failing()
 def check_nothing_left(make: Factory, family: str) -> None:
-    """No hook, gradient, flag, mode, attribute, module, setting, global state, output, warning or open walk is left."""
+    """No hook, gradient, flag, mode, attribute, module, setting, global state, output, warning or open walk is left.
+
+    But for what is declared: the hooks of attached adapters, and the settings of an untied head.
+    """
     trial = Trial(make, family, tasks(make, family, TARGETS)[0])
     for index, parameter in enumerate(trial.model.parameters()):
         parameter.requires_grad_(index % 2 == 0)  # so that setting all of them either way shows
     traces, options = Traces(trial.model), option_values(trial.pruner)
     written = trial.prune().written.getvalue().strip()
-    for sentence in traces.left():
+    if trial.pruner.changes() & Changes.ADAPTER:
+        trial.anatomy.adapters.detach()
+    for sentence in traces.left(may_untie=bool(trial.pruner.changes() & Changes.HEAD)):
         raise CheckFailed(f"the pruner {sentence}.")
     if trial.state_changed:
         raise CheckFailed(f"the pruner left changed: {', '.join(trial.state_changed)}.")
@@ -161,16 +181,26 @@ def check_nothing_left(make: Factory, family: str) -> None:
 
 @failing()
 def check_saves(make: Factory, family: str) -> None:
-    """What `save_pretrained` writes and `from_pretrained` reads has the same bits, the same zeros and the same ties."""
-    model = Trial(make, family, tasks(make, family, TARGETS)[0]).prune().model
+    """What `save_pretrained` writes and `from_pretrained` reads has the same bits, the same zeros and the same ties.
+
+    Adapters, saved beside it, add the same.
+    """
+    trial = Trial(make, family, tasks(make, family, TARGETS)[0]).prune()
+    model = trial.model
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         model.save_pretrained(folder)
         again: PreTrainedModel = type(model).from_pretrained(folder, dtype=model.dtype)
+        save_adapters(trial.anatomy, Path(folder))
+        anatomy = find_anatomy(again)
+        load_adapters(anatomy, Path(folder))
     if ties(again) != ties(model):
         raise CheckFailed("parameters that share one tensor do not when the saved model is read back, or others do.")
     differ = differing(contents(model), contents(again)) or differing(zeros(model), zeros(again))
     if differ:
         raise CheckFailed(f"{differ[0]} is another when the saved model is read back.")
+    differ = far_apart(added(trial.anatomy), added(anatomy))
+    if differ:
+        raise CheckFailed(f"the adapter of {differ[0]} is another when it is read back.")
 
 
 @failing()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from prunebench.toolkit.placement import Resident
 
 _TENSORS = {"_parameters", "_buffers", "_modules"}
 _KEPT_BY_TORCH = {"_is_full_backward_hook"}
 """Set by registering a backward hook, and not unset by removing it."""
+
+_TIES = "all_tied_weights_keys"
+"""Where transformers keeps what its settings say of ties."""
 
 Attributes = dict[str, Any]
 
@@ -27,12 +31,17 @@ class Traces:
         self._modules = _modules(model)
         self._tensors = _tensors(model)
         self._attributes = {name: _attributes(module) for name, module in self._modules.items()}
-        self._parameters = {name: _facts(parameter) for name, parameter in model.named_parameters()}
-        self._config = model.config.to_dict()
+        self._parameters = {name: _facts(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self._config, self._untied = model.config.to_dict(), _untied(model.config)
+        self._head_tied = _head_is_tied(model)
         self._global_hooks = _global_hooks()
 
-    def left(self) -> Iterator[str]:
-        """What differs now, one end of a sentence each: "left ..."."""
+    def left(self, may_untie: bool = False) -> Iterator[str]:
+        """What differs now, one end of a sentence each: "left ...".
+
+        `may_untie`: a head that was tied may have a weight of its own now, and then the settings have to say so.
+        """
+        untied = may_untie and self._head_tied and not _head_is_tied(self._model)
         modules = _modules(self._model)
         for name in sorted(self._modules.keys() ^ modules.keys()):
             yield f"left a changed module tree: {name} was {'removed' if name in self._modules else 'added'}"
@@ -40,15 +49,19 @@ class Traces:
             if modules[name] is not self._modules[name]:
                 yield f"left another module in the place of {name}"
             else:
-                yield from _attributes_left(name or "the model", self._attributes[name], _attributes(modules[name]))
+                now = _attributes(modules[name])
+                if untied and _TIES in now:
+                    now[_TIES] = self._attributes[name].get(_TIES)
+                yield from _attributes_left(name or "the model", self._attributes[name], now)
         for name in sorted(self._tensors ^ _tensors(self._model)):
             yield f"left a parameter or buffer {'missing' if name in self._tensors else 'too many'}: {name}"
         for name, parameter in self._model.named_parameters():
             yield from _facts_left(name, self._parameters.get(name), _facts(parameter))
-        config = self._model.config.to_dict()
-        for key in sorted(self._config.keys() | config.keys()):
-            if self._config.get(key) != config.get(key):
-                yield f"left the model's config changed: {key} is {config.get(key)!r} and was {self._config.get(key)!r}"
+        config, wanted = self._model.config.to_dict(), self._untied if untied else self._config
+        for key in sorted(wanted.keys() | config.keys()):
+            if wanted.get(key) != config.get(key):
+                was = "should be" if untied else "was"
+                yield f"left the model's config changed: {key} is {config.get(key)!r} and {was} {wanted.get(key)!r}"
         if _global_hooks() != self._global_hooks:
             yield "left a hook on all modules of the process"
 
@@ -71,6 +84,20 @@ class Counted(Resident):
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(model.named_modules(remove_duplicate=False))
+
+
+def _untied(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings as they are to be when the head is untied."""
+    other = copy.deepcopy(config)
+    for part in (other, other.get_text_config()):
+        part.tie_word_embeddings = False
+    return other.to_dict()
+
+
+def _head_is_tied(model: PreTrainedModel) -> bool:
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
 
 
 def _tensors(model: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from prunebench.spec import Changes, JsonDict, Pruner
 from prunebench.targets import NM, Dense, Target, Unstructured
 from prunebench.testing.models import make_job, tiny_model
 from prunebench.testing.traces import Counted
-from prunebench.toolkit.anatomy import find_anatomy
+from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.masks import keep_mask
 from prunebench.toolkit.state import guarded
@@ -110,6 +110,15 @@ class Trial:
         self.warned = [str(warning.message) for warning in warned]
         return self
 
+    def left(self) -> Contents:
+        """All numbers of the model and of its adapters."""
+        found = contents(self.model)
+        for index, adapter in enumerate(self.anatomy.adapters):
+            name = f"adapter {index} of {adapter.matrix}"
+            found |= {f"the {half} factor of {name}": getattr(adapter, half).clone() for half in ("down", "up")}
+            found[f"the scale of {name}"] = torch.tensor(adapter.scale, dtype=torch.float64)
+        return found
+
 
 @contextmanager
 def failing() -> Iterator[None]:
@@ -159,6 +168,25 @@ def label(make: Factory) -> str:
     return canonical(pruner.name, pruner)
 
 
+def added(anatomy: ModelAnatomy) -> Contents:
+    """What all adapters of a matrix add to its weight, [outputs, inputs] in float64 by matrix name."""
+    found: Contents = {}
+    for adapter in anatomy.adapters:
+        product = adapter.scale * adapter.up.double() @ adapter.down.double()
+        found[adapter.matrix] = found.get(adapter.matrix, torch.zeros(())) + product
+    return found
+
+
+def far_apart(before: Contents, now: Contents) -> list[str]:
+    """Names of what was added, removed, or differs by more than a millionth of the largest entry."""
+    names = sorted(before.keys() | now.keys())
+    return [n for n in names if n not in before or n not in now or not _near(before[n], now[n])]
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and float((one - other).abs().max()) <= 1e-6 * float(one.abs().max())
+
+
 def linears(model: PreTrainedModel) -> Contents:
     """The prunable weights [outputs, inputs] by module name, found without the toolkit: every linear but the head."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -187,6 +215,13 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(parameter.data_ptr(), set()).add(name)
     return {frozenset(group) for group in places.values() if len(group) > 1}
+
+
+def without_head(model: PreTrainedModel, tied: set[frozenset[str]]) -> set[frozenset[str]]:
+    """The groups that would be left if the head alone left its own."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    return {group - names for group in tied if len(group - names) > 1}
 
 
 def differing(before: Contents, now: Contents) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from support import make_job, tiny, tokens_of
 
 from prunebench.toolkit import InputNorm, keep_mask, phase, walk
-from prunebench.toolkit.phases import PhaseClock, PhaseName
+from prunebench.toolkit.phases import PhaseClock, PhaseName, lap, uncounted
 from prunebench_pruners.wanda import Wanda
 
 
@@ -182,3 +182,55 @@ def test_every_phase_is_known_by_its_name(host: HostClock, clock: PhaseClock, na
     with clock.running(), phase(name):
         host.pass_by(5)
     assert clock.seconds()[name] == 5
+
+
+# Time that is no step's, and time that is looked at by itself
+
+
+def test_uncounted_time_is_in_no_phase(host: HostClock, clock: PhaseClock) -> None:
+    with clock.running():
+        host.pass_by(1)
+        with phase("statistics"):
+            host.pass_by(2)
+            with uncounted():
+                host.pass_by(4)
+            host.pass_by(8)
+        with uncounted():
+            host.pass_by(16)
+    assert clock.seconds() == {"other": 1, "statistics": 10}
+
+
+def test_a_lap_tells_what_passed_inside_and_changes_nothing(host: HostClock, clock: PhaseClock) -> None:
+    with clock.running():
+        host.pass_by(1)
+        with phase("scoring"):
+            host.pass_by(2)
+            with lap() as found:
+                host.pass_by(4)
+                with phase("statistics"):
+                    host.pass_by(8)
+                with uncounted():
+                    host.pass_by(16)
+            assert found == {"scoring": 4, "statistics": 8}
+            host.pass_by(32)
+    assert found == {"scoring": 4, "statistics": 8}
+    assert clock.seconds() == {"other": 1, "scoring": 2 + 4 + 32, "statistics": 8}
+
+
+def test_without_a_clock_nothing_is_counted_or_left_out() -> None:
+    with uncounted(), lap() as found:
+        pass
+    assert found == {}
+
+
+def test_a_lap_that_fails_leaves_the_clock_right(host: HostClock, clock: PhaseClock) -> None:
+    def fail() -> None:
+        with lap(), uncounted(), phase("update"):
+            host.pass_by(1)
+            raise ZeroDivisionError
+
+    with clock.running():
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        host.pass_by(2)
+    assert clock.seconds() == {"other": 2, "update": 1}

@@ -25,6 +25,19 @@ class Cost:
     peak_host_bytes: int | None = None
     host_peak_sampled: bool = False
 
+    def include(self, other: Cost) -> None:
+        """Add the cost of something that was done earlier: seconds add up, peaks do not."""
+        for name, seconds in other.phases.items():
+            self.phases[name] = self.phases.get(name, 0.0) + seconds
+        self.peak_device_bytes = _larger(self.peak_device_bytes, other.peak_device_bytes)
+        self.peak_host_bytes = _larger(self.peak_host_bytes, other.peak_host_bytes)
+
+
+def peaks_so_far(device: torch.device) -> tuple[int | None, int | None]:
+    """Peak bytes on the device and on the host since the measuring began; the present ones where no peak is to be had."""
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return on_device, _high_water() or int(psutil.Process().memory_info().rss)
+
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Cost]:
@@ -69,6 +82,10 @@ def _host_peak(cost: Cost) -> Iterator[None]:
         stop.set()
         sampler.join()
         cost.peak_host_bytes = peak[0]
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((value for value in (one, other) if value is not None), default=None)
 
 
 def _reset_high_water() -> bool:

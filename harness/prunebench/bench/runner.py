@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunebench.bench import machine
+from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.measure import Cost, measured
 from prunebench.bench.plan import RunRequest, eval_facts
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
@@ -97,10 +98,12 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         outcome.current_step = spec.text
         progress(f"step {spec.text}", index, len(pruners))
         notes: JsonDict = {}
-        job = _job(request, model, anatomy, target, pruner, placement, dense, progress, notes)
+        artefacts = Artefacts(request, pruner, first=index == 0)
+        job = _job(request, model, anatomy, target, pruner, placement, dense, progress, notes, artefacts)
         before = Before(anatomy, dense, survivors_changed)
         cost = take_step(pruner, job, notes)
-        outcome.steps.append(_step_record(pruner, registry, cost, notes))
+        artefacts.settle(cost)
+        outcome.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused))
         progress("audit", 0, 1)
         before.check_masks(pruner.changes())
         before.check_declared(pruner.changes())
@@ -243,6 +246,7 @@ def _job(
     dense: DenseWeights,
     progress: Progress,
     notes: JsonDict,
+    artefacts: Artefacts,
 ) -> Job:
     needs = pruner.needs()
     tokens = {f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in request.tokens.items()}
@@ -260,12 +264,12 @@ def _job(
         progress=progress,
         note=notes.__setitem__,
         attach=anatomy.adapters.attach,
-        artefact=lambda name, make: make(),  # noqa: ARG005
+        artefact=artefacts,
         **tokens,
     )
 
 
-def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict) -> StepRecord:
+def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict, reused: list[str]) -> StepRecord:
     entry = registry.pruners[pruner.name]
     return StepRecord(
         pruner=pruner.name,
@@ -277,6 +281,7 @@ def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict
         peak_device_bytes=cost.peak_device_bytes,
         peak_host_bytes=cost.peak_host_bytes,
         host_peak_sampled=cost.host_peak_sampled,
+        reused=reused,
         notes=notes,
     )
 

@@ -11,9 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import platformdirs
@@ -58,7 +58,7 @@ def digest_file(path: Path) -> str:
         while chunk := file.read(1 << 22):
             state.update(chunk)
     found = state.hexdigest()[:16]
-    _write(note, found.encode("ascii"))
+    _write(note, lambda file: file.write(found.encode("ascii")))
     return found
 
 
@@ -74,19 +74,17 @@ def load_arrays(kind: str, key: str) -> Arrays | None:
 
 def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Keep arrays under a key."""
-    with tempfile.SpooledTemporaryFile() as file:
-        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
-        file.seek(0)
-        _write(cache_folder() / kind / f"{key}.npz", file.read())
+    # Straight into the file, array by array: they may be as large as a model.
+    _write(cache_folder() / kind / f"{key}.npz", lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             aside = Path(file.name)
-            file.write(data)
+            fill(file)
         aside.replace(path)
     except OSError:  # a read-only or full disk: the work is done again next time
         if aside is not None:

@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
 
 PhaseName = Literal["calibration", "statistics", "scoring", "update", "propagation", "training", "other"]
+
+_NO_PHASE = ""
 
 _clock: ContextVar[PhaseClock | None] = ContextVar("prunebench_phase_clock", default=None)
 
@@ -22,6 +25,30 @@ _clock: ContextVar[PhaseClock | None] = ContextVar("prunebench_phase_clock", def
 @contextmanager
 def phase(name: PhaseName) -> Iterator[None]:
     """Count the time spent inside under `name`."""
+    with _inside(name):
+        yield
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave the time spent inside out of every phase: what the harness does for itself in the middle of a step."""
+    with _inside(_NO_PHASE):
+        yield
+
+
+@contextmanager
+def lap() -> Iterator[dict[str, float]]:
+    """Yield what will be the seconds by phase of what runs inside, once it has ended; they count as ever, too."""
+    clock = _clock.get()
+    if clock is None:
+        yield {}
+        return
+    with clock.lap() as found:
+        yield found
+
+
+@contextmanager
+def _inside(name: str) -> Iterator[None]:
     clock = _clock.get()
     if clock is None:
         yield
@@ -59,7 +86,7 @@ class _DeviceMark:
 
 
 class PhaseClock:
-    """Adds up seconds by phase. Two synchronisations in all: one at the start, one at the end."""
+    """Adds up seconds by phase. Two synchronisations in all, at the start and at the end, and one more a lap."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -87,15 +114,23 @@ class PhaseClock:
     def leave(self) -> None:
         """End the present phase and go on with the one around it."""
         self._stack.pop()
-        self._mark(self._stack[-1] if self._stack else "")
+        self._mark(self._stack[-1] if self._stack else _NO_PHASE)
+
+    @contextmanager
+    def lap(self) -> Iterator[dict[str, float]]:
+        """Yield what will be the seconds by phase between here and the end of the block."""
+        found: dict[str, float] = {}
+        first = len(self._marks)
+        self._mark(self._stack[-1])
+        yield found
+        self._mark(self._stack[-1])
+        last = len(self._marks)
+        self._synchronise()
+        found.update(_seconds(self._marks[first:last]))
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, once the clock has stopped."""
-        found: dict[str, float] = {}
-        for (name, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            if name:
-                found[name] = found.get(name, 0.0) + end.seconds_since(start)
-        return found
+        return _seconds(self._marks)
 
     def _mark(self, name: str) -> None:
         self._marks.append((name, _DeviceMark() if self._device.type == "cuda" else _HostMark()))
@@ -103,3 +138,11 @@ class PhaseClock:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _seconds(marks: list[tuple[str, _Mark]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for (name, start), (_, end) in pairwise(marks):
+        if name != _NO_PHASE:
+            found[name] = found.get(name, 0.0) + end.seconds_since(start)
+    return found

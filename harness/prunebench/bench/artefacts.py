@@ -1,0 +1,131 @@
+"""What `job.artefact` keeps between runs: tensors that serve every target of a sweep, with what they cost to make.
+
+The key is all that their bits depend on, and the machine, whose costs they carry. A run that takes one from the cache adds
+that cost to its own, so that prune seconds are always stand-alone; the time of loading and saving is in no phase.
+Only a run's first step is served: what a later one finds depends on the steps before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from prunebench.bench.measure import Cost, peaks_so_far
+from prunebench.bench.plan import RunRequest
+from prunebench.errors import RequestError
+from prunebench.spec import Pruner
+from prunebench.toolkit.cache import cache_folder, digest, load_arrays, save_arrays
+from prunebench.toolkit.phases import lap, uncounted
+
+KIND = "artefacts"
+LIMIT = "PRUNEBENCH_ARTEFACTS_GIB"
+DEFAULT_LIMIT = "20"
+
+Tensors = dict[str, torch.Tensor]
+
+_COST, _TENSOR = "cost", "tensor "
+"""Names inside a file: the cost as JSON, and what a tensor's own name begins with."""
+
+
+class Artefacts:
+    """`Job.artefact` for one step."""
+
+    def __init__(self, request: RunRequest, pruner: Pruner, first: bool) -> None:
+        """For a step of the run; only the first takes from the cache."""
+        self.reused: list[str] = []
+        """Names of what was taken from the cache."""
+        self._first, self._device = first, torch.device(request.device)
+        self._asked: set[str] = set()
+        self._earlier = Cost()
+        model, tokens = request.spec.model, request.spec.calibration_tokens
+        self._key = (
+            *(model.weights, model.dtype, str(tokens), request.machine, self._device.type),
+            *(str(request.batch_size), str(request.threads or torch.get_num_threads())),
+            *(version("torch"), version("transformers"), pruner.name, str(pruner.revision)),
+        )
+
+    def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """Tensors kept by an earlier run, on the host; made now, and kept, where there are none."""
+        if not self._first or name in self._asked:
+            return make()
+        self._asked.add(name)
+        key = digest([*self._key, name])
+        with uncounted():
+            kept = _load(key)
+        if kept is not None:
+            tensors, cost = kept
+            self.reused.append(name)
+            self._earlier.include(cost)
+            return tensors
+        with lap() as seconds:
+            tensors = make()
+        with uncounted():
+            _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)))
+        return tensors
+
+    def settle(self, cost: Cost) -> None:
+        """Add to a step's cost what making the reused ones had cost."""
+        cost.include(self._earlier)
+
+
+def _load(key: str) -> tuple[Tensors, Cost] | None:
+    arrays = load_arrays(KIND, key)
+    try:
+        cost = Cost(**json.loads((arrays or {}).pop(_COST).tobytes()))
+    except (KeyError, TypeError, ValueError):  # nothing there, or not ours
+        return None
+    return {name.removeprefix(_TENSOR): torch.from_numpy(array) for name, array in (arrays or {}).items()}, cost
+
+
+def _save(key: str, tensors: Tensors, cost: Cost) -> None:
+    try:
+        arrays = {_TENSOR + name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    except TypeError:  # bfloat16, which NumPy does not know
+        return
+    arrays[_COST] = np.frombuffer(json.dumps(asdict(cost)).encode(), dtype=np.uint8)
+    if _make_room(sum(array.nbytes for array in arrays.values())):
+        save_arrays(KIND, key, arrays)
+
+
+def _make_room(size: int) -> bool:
+    """Remove the oldest artefacts until one of `size` bytes fits in; False where it never would."""
+    limit = _limit()
+    if size > limit:
+        return False
+    files = []
+    for path in (cache_folder() / KIND).glob("*"):  # what a killed run left half written too
+        try:
+            stat = path.stat()
+        except OSError:  # another run made room
+            continue
+        files.append((stat.st_mtime_ns, stat.st_size, path))
+    total = sum(used for _, used, _ in files)
+    for _, used, path in sorted(files):
+        if total + size <= limit:
+            break
+        path.unlink(missing_ok=True)
+        total -= used
+    return True
+
+
+def _limit() -> int:
+    """The most bytes that all artefacts may take.
+
+    Raises:
+        RequestError: the setting is not a number of GiB.
+    """
+    text = os.environ.get(LIMIT) or DEFAULT_LIMIT
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not gib >= 0:
+        raise RequestError(f"{LIMIT} is a number of GiB, not {text!r}.")
+    return int(min(gib, 2.0**30) * 2**30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunebench.spec import Job
 from prunebench.targets import NM, Target, Unstructured, parse_target
-from prunebench.toolkit import magnitude_scores
+from prunebench.toolkit import loss_gradients, magnitude_scores
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.wanda import Wanda
@@ -43,6 +44,12 @@ def loaded(name: str) -> PreTrainedModel:
 def golden_job(name: str, target: str) -> Job:
     tokens = torch.from_numpy(np.load(GOLDEN / name / "calibration.npy"))
     return make_job(loaded(name), tokens, target=parse_target(target), batch_size=8)
+
+
+@cache
+def golden_gradients(name: str, norm: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
+    """They serve every target."""
+    return loss_gradients(golden_job(name, "0.5"), norm)
 
 
 def golden_masks(name: str, method: str, job: Job) -> dict[str, torch.Tensor]:
@@ -103,6 +110,7 @@ def test_wanda(name: str, target: str) -> None:
 def test_gblm(name: str, target: str, norm: Literal["l1", "l2"]) -> None:
     """Against the authors' code with float32 accumulators."""
     job = golden_job(name, target)
+    job.artefact = lambda _name, _make: golden_gradients(name, norm)
     Gblm(norm=norm).prune(job)
     check_masks_and_perplexity(name, f"gblm-{norm}-float32", job)
 

@@ -102,7 +102,7 @@ def build(cls: type[T], step: Step) -> T:
             place = place.setdefault(group, {})
         place[leaf] = value
     try:
-        return _assemble(cls, nested)
+        return _replaced(cls(), nested)
     except (ValueError, TypeError) as error:
         raise OptionError(f"{step.name}: {error}") from None
 
@@ -142,13 +142,10 @@ def _adapters(cls: Any) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     return found
 
 
-def _assemble(cls: type[T], values: Mapping[str, Any]) -> T:
-    hints = typing.get_type_hints(cls)
-    nested = {
-        key: _assemble(hints[key], value) if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]) else value
-        for key, value in values.items()
-    }
-    return cls(**nested)
+def _replaced(default: T, values: Mapping[str, Any]) -> T:
+    """An instance with some values changed; a group keeps the defaults that its owner gave it."""
+    changed = {k: _replaced(getattr(default, k), v) if isinstance(v, dict) else v for k, v in values.items()}
+    return dataclasses.replace(default, **changed)  # type: ignore[type-var]
 
 
 def _walk_values(instance: Any, prefix: str = "") -> list[tuple[str, Any]]:

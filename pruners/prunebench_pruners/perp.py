@@ -1,0 +1,56 @@
+"""PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs (Zimmer et al. 2023, arXiv 2312.15230).
+
+A step after any pruner: a small subset of the parameters is retrained under the masks that the earlier steps left (those masks,
+never `W != 0`), or each block is reconstructed (`mode = reconstruct`). With M the keep mask, W the pruned weight and
+s = alpha / rank:
+
+* `mask_lora`: `W + s (M * BA)`, merged exactly; `lora_prune`: trained as `W + s BA`, masked when merged;
+  `scale_lora`: `W * BA`, which starts from BA = 1 with all components of the rank equal, so they stay equal;
+* `biases`, `norms` (weights of the norms), both, or the `head` (LoRA, merged; a tied head gets a weight of its own first);
+* `all`: full sparse fine-tuning of matrices, biases and norms; the gradient of what the mask removes is zeroed.
+
+Trained in float32 whatever the model's dtype, and cast back. AdamW, no weight decay, 10% warm-up, then linear to zero.
+
+Deviations from the authors' code (`methods.md` 8): windows are packed, not padded; the mask is the one that was recorded, so a
+kept weight that happens to be zero may move; learning rates, batch and number of samples of the paper are UNVERIFIED, so
+`learning_rate` has defaults of ours (1e-4 for the LoRA kinds and the head, 5e-4 for biases and norms, 1e-5 for all), and so
+has `batch`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from prunebench.spec import Changes, Job, JobFacts, Needs, Pruner, option
+from prunebench.toolkit import Retraining, reconstruct, report, retrain
+
+
+@dataclass
+class Perp(Retraining, Pruner):
+    """Retrain a small subset of the parameters, the masks fixed."""
+
+    name: ClassVar[str] = "perp"
+
+    mode: Literal["retrain", "reconstruct"] = option("retrain", "the model on training text, or block by block")
+
+    def needs(self) -> Needs:
+        """Training text, or calibration text to reconstruct."""
+        return Needs.WEIGHTS | Needs.SEED | (Needs.TRAINING if self.mode == "retrain" else Needs.CALIBRATION)
+
+    def changes(self) -> Changes:
+        """What the subset says; never a mask."""
+        return self.changed()
+
+    def refuses(self, facts: JobFacts) -> str | None:
+        """A subset that the model does not have."""
+        if self.mode == "reconstruct" and self.subset == "head":
+            return "the head is in no block, so subset=head cannot be trained by mode=reconstruct."
+        return self.misfit(facts)
+
+    def prune(self, job: Job) -> None:
+        """Recover."""
+        if self.mode == "retrain":
+            report(job, self, retrain(job, self))
+        else:
+            reconstruct(job, self)

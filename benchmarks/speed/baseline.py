@@ -94,7 +94,7 @@ def block_by_block(model: Any, tokens: torch.Tensor, statistic: type[Any], prune
 
 def adding_to(statistic: Any) -> Callable[..., None]:
     """A hook that gives the statistic what its linear reads, a sequence at a time."""
-    return lambda module, args, output: statistic.add(args[0][0])
+    return lambda _module, args, _output: statistic.add(args[0][0])
 
 
 def kept_of_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -32,19 +32,36 @@ from prunebench.testing import (
     random_tokens,
     tiny_model,
 )
-from prunebench.toolkit import keep_mask, magnitude_scores, walk, wanda_scores
+from prunebench.toolkit import Retraining, keep_mask, magnitude_scores, walk, wanda_scores
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.heads import untie_head
 from prunebench_pruners.gblm import Gblm
+from prunebench_pruners.imp import Imp
+from prunebench_pruners.lora import Lora
 from prunebench_pruners.magnitude import Magnitude
+from prunebench_pruners.perp import Perp
 from prunebench_pruners.wanda import Wanda
 
-REGISTERED = [entry.cls for _, entry in sorted(load_registry().pruners.items())]
+FEW: dict[str, Any] = {"steps": 3, "batch": 4, "learning_rate": 0.01}
+FEW_STEPS: dict[str, dict[str, Any]] = {"lora": FEW, "perp": FEW, "imp": {"rounds": 2, "retrain": Retraining("all", **FEW)}}
+"""Options of those that train, whose own would take minutes a law."""
+REGISTERED = [partial(entry.cls, **FEW_STEPS.get(name, {})) for name, entry in sorted(load_registry().pruners.items())]
 
 
-@parametrize_with_checks([*REGISTERED, partial(Magnitude, group="row"), partial(Gblm, norm="l2")])
+@parametrize_with_checks(
+    [
+        *REGISTERED,
+        partial(Magnitude, group="row"),
+        partial(Lora, merge="masked", **FEW),
+        partial(Gblm, norm="l2"),
+        *(partial(Perp, subset=subset, **FEW) for subset in ("biases", "norms", "head", "scale_lora", "lora_prune", "all")),
+        partial(Perp, mode="reconstruct", **FEW),
+        partial(Perp, subset="all", mode="reconstruct", **FEW),
+        partial(Imp, rounds=3, schedule="cubic", group="row", retrain=Retraining("norms", **FEW)),
+    ]
+)
 def test_registered(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:
     check(pruner, family)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from prunebench.errors import Refused
 from prunebench.spec import Job
-from prunebench.toolkit import loss_gradients
+from prunebench.toolkit import gradients, loss_gradients
 from prunebench.toolkit.phases import PhaseClock
 
 
@@ -104,6 +104,25 @@ def test_streaming_gives_the_same_bits_within_one_block() -> None:
     assert all(same_bits(gradient, found[name]) for name, gradient in wanted.items())
     assert placement.most_blocks == 1
     assert (placement.blocks, placement.batches) == ({}, 0)
+
+
+@pytest.mark.parametrize(("free", "place"), [(100, "cuda"), (99, "cpu")])
+def test_inputs_that_would_fill_the_device_are_kept_on_the_host(free: int, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    assert gradients._resting_place(torch.device("cuda", 1), 50).type == place
+    assert gradients._resting_place(torch.device("cpu"), 50).type == "cpu"
+
+
+def test_where_inputs_are_kept_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copies in any case: the walk's own are overwritten."""
+    asked: list[int] = []
+    job = make_job(tiny(), tokens_of())
+    wanted = loss_gradients(job)
+    monkeypatch.setattr(gradients, "_resting_place", lambda device, wanted: asked.append(wanted) or torch.device("cpu"))
+    found = loss_gradients(job)
+    assert all(same_bits(gradient, found[name]) for name, gradient in wanted.items())
+    size = job.calibration.numel() * 16 * 4
+    assert asked == [size * (DEPTH - index) for index in range(DEPTH)]
 
 
 def check_untouched(model: PreTrainedModel, before: dict[str, torch.Tensor], left: object) -> None:

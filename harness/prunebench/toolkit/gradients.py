@@ -42,7 +42,8 @@ def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, to
             job.progress("forward", index, len(blocks))
             job.placement.bring(handle.module)
             try:
-                kept.append(stream.inputs(index).clone())
+                inputs = stream.inputs(index)
+                kept.append(inputs.to(_resting_place(inputs.device, inputs.nbytes * (len(blocks) - index)), copy=True))
                 stream.propagate(index)
             finally:
                 job.placement.release(handle.module)
@@ -55,6 +56,12 @@ def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, to
     finally:
         stream.close()
     return {matrix.name: found[matrix.name] for matrix in job.anatomy.matrices}
+
+
+def _resting_place(device: torch.device, wanted: int) -> torch.device:
+    """Where inputs of blocks are kept: where they are, or on the host if they would fill half of what is free there."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 * wanted
+    return device if wanted <= free // 2 else torch.device("cpu")
 
 
 def _at_the_top(job: Job, stream: Stream) -> torch.Tensor:

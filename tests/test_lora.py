@@ -113,6 +113,9 @@ def test_the_loss_falls(merge: str, dtype: torch.dtype) -> None:
     assert curve[0] == pytest.approx(before, rel=0.02)
     assert curve[-1] < 0.8 * curve[0]
     assert notes["tokens_seen"] == 30 * job.training.numel()
+    assert ("merge_logit_change" in notes) == (merge == "masked")
+    if merge == "masked" and dtype == torch.float32:
+        assert notes["merge_logit_change"] < 1e-5
     assert {adapter.up.dtype for adapter in anatomy.adapters} <= {torch.float32}
 
 
@@ -157,11 +160,8 @@ def test_what_it_declares_and_refuses() -> None:
 
 
 @pytest.mark.parametrize("merge", ["apart", "masked"])
-def test_by_the_commands(
-    merge: str, bench: Bench, tmp_path: Path, register: Callable[..., None], command: Callable[..., Ran]
-) -> None:
+def test_by_the_commands(merge: str, bench: Bench, tmp_path: Path, command: Callable[..., Ran]) -> None:
     """Saved and read back, the model has the perplexity that it had in memory, and what is extra is counted."""
-    register(Lora)
     lora = f"lora[steps=3,batch=2,learning_rate=0.02,merge={merge}]"
     training = f"[training]\nsource = {json.dumps(str(bench.training))}\ntokens = 256\n"
     suite = tmp_path / "small.toml"
@@ -173,8 +173,8 @@ def test_by_the_commands(
         del record["checksum"]
     by_steps = {len(record["steps"]): RunRecord.model_validate(record) for record in records}
     trained, plain = by_steps[2], by_steps[1]
-    asked = {"k": 0, "q": 16 + 16, "v": 16 + 8}
-    assert trained.extra_parameters == (2 * 8 * (asked["q"] + asked["v"]) if merge == "apart" else 0)
+    query, value = 16 + 16, 16 + 8  # outputs and inputs
+    assert trained.extra_parameters == (2 * 8 * (query + value) if merge == "apart" else 0)
     given = ["--step", "magnitude[group=row]", "--step", lora, "--training", bench.training, "--training-tokens", 256]
     out = tmp_path / "out"
     ran = command("prune", bench.model, *given, "--out", out, "--target", "0.5", "--length", 16, "--batch-size", 4)

@@ -28,7 +28,7 @@ import torch
 from prunebench.spec import Changes, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.toolkit.adapters import Adapter
 from prunebench.toolkit.lowrank import LowRank
-from prunebench.toolkit.recovery import report
+from prunebench.toolkit.recovery import merge_and_compare, report
 from prunebench.toolkit.retrain import Retraining, Scope, next_token_loss, shuffled, train, whole_model
 from prunebench.toolkit.roles import Role, rows_with, unknown_roles
 
@@ -118,11 +118,11 @@ class Lora(Pruner):
         windows = shuffled(job.training, self.batch, generator, job.device)
         trained = train(settings, scope, list(parts.values()), windows, next_token_loss(job.model), job)
         report(job, settings, trained)
-        for matrix, part in parts.items() if self.steps else ():
-            if self.merge == "apart":
+        if self.steps and self.merge == "masked":
+            merge_and_compare(job, scope, list(parts.values()))
+        elif self.steps:
+            for matrix, part in parts.items():
                 job.attach(matrix, part.down, part.up, part.scale)
-            else:
-                matrix.write(part.merged_weight(), scope.mask(matrix))
 
     def _parts(self, job: Job, scope: Scope, generator: torch.Generator) -> dict[Matrix, _OfRows]:
         found: dict[Matrix, _OfRows] = {}

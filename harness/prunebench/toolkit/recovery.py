@@ -47,7 +47,7 @@ def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | 
     windows = shuffled(job.training, settings.batch, generator, job.device)
     trained = train(settings, scope, parts, windows, next_token_loss(job.model), job)
     if settings.steps:
-        _merge_and_compare(job, scope, parts)
+        merge_and_compare(job, scope, parts)
     return trained
 
 
@@ -88,8 +88,8 @@ def report(job: Job, settings: Retraining, *trainings: Trained) -> None:
     job.note("loss_curve", [point for training in trainings for point in training.curve()])
 
 
-def _merge_and_compare(job: Job, scope: Scope, parts: Sequence[Part]) -> None:
-    """Merge, and note how far any logit of one training window moves by it, as a share of their range."""
+def merge_and_compare(job: Job, scope: Scope, parts: Sequence[Part]) -> None:
+    """Merge low-rank parts, and note how far any logit of one training window moves by it, as a share of their range."""
     if not any(isinstance(part, LowRank) for part in parts):
         return
     probe = job.training[:1].to(job.device)

@@ -319,6 +319,39 @@ def test_wanda_runs_every_block_twice_a_batch_and_the_last_once(family: str) -> 
     assert (of_first["count"], of_middle["count"], of_last["count"]) == (7, 6, 3)
 
 
+def test_statistics_end_a_forward_when_every_matrix_has_read_its_input() -> None:
+    """The first batch runs to the end, to see what is called; in the later ones the last matrix need not be multiplied."""
+    job = make_job(tiny(), tokens_of(), batch_size=2)
+    for block in walk(job):
+        list(block.batches())
+        finished = {"count": 0}
+        last = block.matrices[-1].module.register_forward_hook(lambda *_, seen=finished: seen.update(count=seen["count"] + 1))
+        block.collect(InputNorm)
+        last.remove()
+        assert finished["count"] == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_matrix_that_is_called_twice_has_statistics_of_both_calls(batch_size: int) -> None:
+    class Twice(PlainBlock):
+        """Runs all of itself a second time."""
+
+        def forward(self, hidden_states: torch.Tensor) -> Any:
+            return self.mix(self.mix(hidden_states))
+
+    job = make_job(PlainModel(Twice).double().eval(), tokens_of(), batch_size=batch_size)
+    for block in walk(job):
+        norms, (up, down) = block.collect(InputNorm), block.matrices
+        first = torch.cat(list(block.batches()))
+        with torch.no_grad():
+            second = block.module.mix(first)
+            squares = first.square().sum(dim=(0, 1)) + second.square().sum(dim=(0, 1))
+            inner = sum(torch.tanh(block.module.up(hidden)).square().sum(dim=(0, 1)) for hidden in (first, second))
+        calls = 2 * len(first)  # each counts as a sequence, a factor that no ranking sees
+        torch.testing.assert_close(norms[up], (squares / calls).sqrt(), **EXACT)
+        torch.testing.assert_close(norms[down], (inner / calls).sqrt(), **EXACT)
+
+
 def test_the_head_is_not_run(family: str) -> None:
     """Logits over a whole vocabulary would be thrown away."""
     model = tiny(family)

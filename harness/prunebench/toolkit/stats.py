@@ -78,8 +78,11 @@ class SharedStatistics:
     relied on, under a check, in the later ones.
     """
 
-    def __init__(self, kinds: tuple[type[Statistic], ...]) -> None:
-        self._kinds = kinds
+    def __init__(self, kinds: tuple[type[Statistic], ...], matrices: int) -> None:
+        """For so many matrices."""
+        self._kinds, self._matrices = kinds, matrices
+        self._calls = 0
+        self._each_once: bool | None = None
         self._of: dict[str, list[Statistic]] = {}
         self._leader: dict[str, bool] = {}
         self._last: tuple[torch.Tensor, list[Statistic]] | None = None
@@ -87,6 +90,7 @@ class SharedStatistics:
 
     def see(self, name: str, inputs: torch.Tensor, sequences: int) -> None:
         """Take in what matrix `name` reads in this batch."""
+        self._calls += 1
         same = self._last is not None and self._last[0] is inputs
         if name not in self._of:
             self._leader[name] = not same
@@ -99,9 +103,16 @@ class SharedStatistics:
                 statistic.add(flat, sequences)
         self._last = (inputs, self._of[name])
 
-    def forget_batch(self) -> None:
+    @property
+    def complete(self) -> bool:
+        """Whether this batch has shown all that it will, known once the first has called every matrix, and each just once."""
+        return bool(self._each_once) and self._calls == self._matrices
+
+    def end_batch(self) -> None:
         """Let go of the last tensor seen."""
-        self._last = None
+        if self._each_once is None:
+            self._each_once = self._calls == len(self._of) == self._matrices
+        self._last, self._calls = None, 0
 
     def values(self, name: str) -> list[torch.Tensor]:
         """The values for a matrix, one a kind; the same tensors for matrices that share."""

@@ -22,6 +22,7 @@ from prunebench.testing import FAMILIES, random_tokens, tiny_model
 from prunebench.toolkit import keep_mask, magnitude_scores, walk
 from prunebench.toolkit.adapter_files import load_adapters, save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
+from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import identify, resolve_model
 
 
@@ -105,6 +106,18 @@ def test_adapters_are_read_back_with_the_same_bits(family: str, tmp_path: Path) 
     load_adapters(second, tmp_path)
     assert torch.equal(logits(first), logits(second))
     assert not torch.allclose(dense, logits(second))
+
+
+def test_the_dense_block_has_the_adapters_of_before_the_first_step(tmp_path: Path) -> None:
+    anatomy = find_anatomy(tiny_model())
+    block, inputs = anatomy.blocks[0], torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1))
+    attach_some(anatomy)  # to the last matrix of the block, too
+    assert anatomy.matrices[6] in block.matrices
+    before, dense = block.module.mlp.down_proj(inputs), DenseWeights(anatomy)
+    attach_some(anatomy, seed=1)
+    assert not torch.allclose(block.module.mlp.down_proj(inputs), before)
+    assert torch.equal(dense.block(block).mlp.down_proj(inputs), before)
+    assert len(anatomy.adapters) == 2 * len(anatomy.matrices[::3])
 
 
 def test_several_adapters_of_a_matrix_are_saved_as_one(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class DenseWeights:
     def __init__(self, anatomy: ModelAnatomy, folder: Path | None = None) -> None:
         """`folder` is where the model was loaded from; without one the weights are copied to the host now."""
         self._names = {id(module): name for name, module in anatomy.model.named_modules()}
+        self._hooks = {name: set(module._forward_hooks) for name, module in anatomy.model.named_modules()}
         self._files = _files_by_tensor(folder) if folder else {}
         self._copies: dict[str, torch.Tensor] = {}
         if not self._files or not all(self._agrees(block, check_values=i == 0) for i, block in enumerate(anatomy.blocks)):
@@ -38,8 +39,11 @@ class DenseWeights:
         return matrix.oriented(stored.to(matrix.parameter.device, matrix.parameter.dtype))
 
     def block(self, block: BlockHandle) -> nn.Module:
-        """A copy of the block with all its dense parameters, on the block's device."""
+        """A copy of the block with all its dense parameters, on the block's device; without adapters attached since."""
         twin = copy.deepcopy(block.module)
+        for name, module in twin.named_modules():
+            for key in module._forward_hooks.keys() - self._hooks[f"{block.name}.{name}".rstrip(".")]:
+                del module._forward_hooks[key]
         with torch.no_grad():
             for name, parameter in twin.named_parameters():
                 parameter.copy_(self._read(f"{block.name}.{name}"))

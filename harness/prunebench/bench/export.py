@@ -38,6 +38,19 @@ def check_output(out: Path) -> None:
         raise StoreError(f"the output folder {out} cannot be made: {error.strerror}.") from None
 
 
+def write_model(model: PreTrainedModel, source: ModelSource, anatomy: ModelAnatomy, folder: Path) -> None:
+    """Write a model, its tokenizer and its adapters as a Hugging Face folder."""
+    tokenizer = identify(source).tokenizer
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():  # as it was: another version of transformers writes it another way
+            shutil.copyfile(source.folder / name, folder / name)
+    save_adapters(anatomy, folder)
+
+
 def save_pruned(
     model: PreTrainedModel,
     source: ModelSource,
@@ -53,18 +66,11 @@ def save_pruned(
     Raises:
         StoreError: it cannot be written.
     """
-    tokenizer = identify(source).tokenizer
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-") as aside:
             folder = Path(aside) / "model"
-            with quiet_transformers():
-                model.save_pretrained(folder)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
-            for name in TOKENIZER_FILES:
-                if (source.folder / name).is_file():  # as it was: another version of transformers writes it another way
-                    shutil.copyfile(source.folder / name, folder / name)
+            write_model(model, source, anatomy, folder)
             shapes = {matrix.name: matrix.shape for matrix in anatomy.matrices if matrix.name in anatomy.masks}
             save_file(
                 anatomy.masks.packed(),
@@ -72,7 +78,6 @@ def save_pruned(
                 metadata={"format": MASK_FORMAT, "shapes": json.dumps(shapes)},
             )
             (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-            save_adapters(anatomy, folder)
             for path in folder.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)
             if out.is_dir():

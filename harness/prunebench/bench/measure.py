@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 from prunebench.toolkit.phases import PhaseClock
 
 SAMPLING_SECONDS = 0.01
+SPARE_CORES, SPARE_SECONDS = 0.2, 0.2
+"""What others may use without being counted: a screen that is redrawn, the tick of the kernel's clock."""
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Cost:
     peak_device_bytes: int | None = None
     peak_host_bytes: int | None = None
     host_peak_sampled: bool = False
+    crowded: bool = False
+    """Other processes left the step less than the cores that its threads need."""
 
     def include(self, other: Cost) -> None:
         """Add the cost of something that was done earlier: seconds add up, peaks do not."""
@@ -47,13 +52,32 @@ def measured(device: torch.device) -> Iterator[Cost]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     clock = PhaseClock(device)
-    with _host_peak(cost):
+    with _host_peak(cost), _neighbours(cost):
         try:
             with clock.running():
                 yield cost
         finally:
             cost.phases = clock.seconds()
             cost.peak_device_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None
+
+
+@contextmanager
+def _neighbours(cost: Cost) -> Iterator[None]:
+    """Whether others were at work on the cores that the step's threads need, by the kernel's count of busy time."""
+    started, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    try:
+        yield
+    finally:
+        elapsed = time.perf_counter() - started
+        others = _busy_seconds() - busy - (time.process_time() - own)
+        free = max(0, (psutil.cpu_count() or 1) - torch.get_num_threads())
+        cost.crowded = others > (free + SPARE_CORES) * elapsed + SPARE_SECONDS
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together have worked, or were taken away by the machine's host."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 @contextmanager

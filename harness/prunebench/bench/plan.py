@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from prunebench.bench.machine import default_device, default_dtype, portable
-from prunebench.bench.suite import MethodEntry, ModelEntry, Suite, suites_folder
+from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite, suites_folder
 from prunebench.errors import DataError, RequestError
 from prunebench.options import Step, canonical, parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, Recipe, RunSpec, StepSpec, TextSpec
-from prunebench.spec import Changes, Eval, EvalFacts, Needs, Pruner
+from prunebench.spec import Changes, Eval, EvalFacts, JsonDict, Needs, Pruner
 from prunebench.targets import Dense, Target, parse_target
 from prunebench.toolkit.calibration import SAMPLER, TokenArray, Tokens, calibration_tokens, packed_windows
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
@@ -59,6 +59,9 @@ class RunRequest:
     threads: int
     batch_size: int
     timeout: float | None = None
+    reload: bool = False
+    """Write the pruned model to disk and read it back before it is evaluated."""
+    tuned: str | None = None
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Method:
     pruners: list[Pruner]
     specs: tuple[StepSpec, ...]
     targets: tuple[str, ...] | None = None
+    calibration: Calibration | None = None
+    tuned: str | None = None
 
     @property
     def needs(self) -> Needs:
@@ -100,6 +105,9 @@ def build_method(steps: Sequence[str | Step], registry: Registry) -> Method:
     return Method(pruners, specs)
 
 
+_CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
+
+
 @dataclass
 class Planner:
     """Expands a suite; keeps what several runs share (model identities, token arrays, conditions)."""
@@ -130,11 +138,12 @@ class Planner:
 
     def _method(self, entry: MethodEntry) -> Method:
         method = build_method(entry.steps, self.registry)
-        method.targets = entry.targets
-        wanted = ((Needs.CALIBRATION | Needs.GRADIENTS, "calibration"), (Needs.TRAINING, "training"))
-        for need, section in wanted:
-            if method.needs & need and getattr(self.suite, section) is None:
-                name = " + ".join(spec.text for spec in method.specs)
+        method.targets, method.tuned = entry.targets, entry.tuned
+        method.calibration = entry.calibration or self.suite.calibration
+        name = " + ".join(spec.text for spec in method.specs)
+        wanted = ((_CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
+        for need, section, found in wanted:
+            if method.needs & need and found is None:
                 raise RequestError(f"the method {name} needs {section} text, and the suite has no [{section}].")
         return method
 
@@ -155,33 +164,37 @@ class Planner:
             dtype=dtype,
             source=source.source,
         )
-        conditions = eval_specs(evals, identity, dtype, self.suite.folder)
+        conditions = eval_specs(evals, identity, dtype, self.suite.folder, entry.reload)
         found = []
         for method in methods:
             for target in [Dense()] if method.is_dense else [targets[t] for t in method.targets or self.suite.grid.targets]:
                 for seed in self.suite.grid.seeds if method.is_seeded else (None,):
                     tokens = self._run_tokens(method, identity, seed or 0)
                     spec = run_spec(model, method, target, seed, tokens, conditions)
-                    found.append(self._request(spec, source, tokens, evals))
+                    request = self._request(spec, source, tokens, evals)
+                    found.append(replace(request, reload=entry.reload, tuned=method.tuned))
         return found
 
     def _run_tokens(self, method: Method, identity: ModelIdentity, seed: int) -> RunTokens:
         calibration = training = validation = None
         length = self.suite.calibration.length if self.suite.calibration else 512
-        if method.needs & (Needs.CALIBRATION | Needs.GRADIENTS) and self.suite.calibration:
-            calibration = self._calibration(identity, seed)
+        if method.needs & _CALIBRATED and method.calibration:
+            calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
             training = self._packed(identity, self.suite.training.source, "train", length, self.suite.training.tokens)
+            if calibration and calibration.source.content == training.source.content:
+                raise RequestError(
+                    f"calibration and training text are both {training.source.name} ({training.source.split}); they may share "
+                    "no document."
+                )
             if self.suite.validation:
                 validation = self._packed(identity, self.suite.validation.source, "validation", length, None)
         return RunTokens(calibration, training, validation)
 
-    def _calibration(self, identity: ModelIdentity, seed: int) -> Tokens:
-        asked = self.suite.calibration
-        assert asked is not None
+    def _calibration(self, asked: Calibration, identity: ModelIdentity, seed: int) -> Tokens:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
         self._check_context(identity, 0 if is_file else asked.length)
-        key = ("calibration", identity.tokenizer_hash, str(seed))
+        key = ("calibration", identity.tokenizer_hash, str(seed), asked.model_dump_json())
         if key not in self._tokens:
             vocabulary = identity.vocabulary()
             self._tokens[key] = calibration_tokens(
@@ -270,15 +283,18 @@ def run_spec(
     )
 
 
-def eval_specs(evals: list[tuple[str, Eval]], identity: ModelIdentity, dtype: str, folder: Path) -> tuple[EvalSpec, ...]:
+def eval_specs(
+    evals: list[tuple[str, Eval]], identity: ModelIdentity, dtype: str, folder: Path, reloaded: bool = False
+) -> tuple[EvalSpec, ...]:
     """The evaluations with their conditions: what the evaluation says, and what all of them depend on."""
     facts = eval_facts(identity, folder)
-    common = {
+    common: JsonDict = {
         "weights": identity.weights,
         "tokenizer": identity.tokenizer_hash,
         "dtype": dtype,
         "attention": identity.attention,
         "prunable": "linear weights of the decoder blocks",
+        **({"reloaded": True} if reloaded else {}),
     }
     return tuple(
         EvalSpec(

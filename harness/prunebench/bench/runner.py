@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from prunebench.bench import machine
 from prunebench.bench.artefacts import Artefacts
+from prunebench.bench.export import write_model
 from prunebench.bench.measure import Cost, measured
 from prunebench.bench.plan import RunRequest, eval_facts
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
@@ -54,6 +56,8 @@ class Outcome:
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
     current_step: str | None = None
     anatomy: ModelAnatomy | None = None
+    crowded: bool = False
+    """Other processes were at work on the cores that a step needed."""
     extra_parameters: int = 0
     """What the steps added: adapters, an untied head."""
 
@@ -64,6 +68,8 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
     try:
         with threads(request.threads):
             model = prune(request, progress, outcome)
+            if request.reload:
+                model = reloaded(request, model, outcome)
             evaluate(request, model, progress, outcome)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
@@ -93,7 +99,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     placement = Resident(request.device)
     place_model(model, [block.module for block in anatomy.blocks], placement)
     dense, own_parameters = DenseWeights(anatomy, request.model.folder), anatomy.total_parameters
-    survivors_changed, group = False, "row"
+    survivors_changed, explained, group = False, False, "row"
     for index, (spec, pruner) in enumerate(zip(request.spec.steps, pruners, strict=True)):
         outcome.current_step = spec.text
         progress(f"step {spec.text}", index, len(pruners))
@@ -103,17 +109,30 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         before = Before(anatomy, dense, survivors_changed)
         cost = take_step(pruner, job, notes)
         artefacts.settle(cost)
+        outcome.crowded |= cost.crowded
         outcome.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused))
         progress("audit", 0, 1)
         before.check_masks(pruner.changes())
         before.check_declared(pruner.changes())
         if pruner.changes() & Changes.MASKS:
             group = pruner.audit_group()  # a later step without masks is held to the pattern it found
-        outcome.finding = audit(anatomy, target, group, explained="extra_zeros" in notes)
+        explained |= "extra_zeros" in notes
+        outcome.finding = audit(anatomy, target, group, explained)
         survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)
     outcome.current_step = None
     outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
     return model
+
+
+def reloaded(request: RunRequest, model: PreTrainedModel, outcome: Outcome) -> PreTrainedModel:
+    """The pruned model as whoever downloads it would have it: written to disk and read back, adapters too."""
+    assert outcome.anatomy is not None
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside) / "model"
+        write_model(model.to("cpu"), request.model, outcome.anatomy, folder)  # type: ignore[arg-type]
+        again = load_model(replace(request.model, folder=folder), request.spec.model.dtype)
+        load_adapters(find_anatomy(again), folder)
+    return again
 
 
 def ask_all(pruners: list[Pruner], anatomy: ModelAnatomy, target: Target, steps: list[str]) -> None:
@@ -302,6 +321,7 @@ def _provenance(request: RunRequest, outcome: Outcome, executor: str) -> Provena
     commit, dirty = machine.source_commit()
     return Provenance(
         suite=request.suite,
+        tuned=request.tuned,
         command=machine.portable(request.command),
         commit=commit,
         dirty=dirty,
@@ -313,7 +333,7 @@ def _provenance(request: RunRequest, outcome: Outcome, executor: str) -> Provena
         threads=request.threads or torch.get_num_threads(),
         batch_size=request.batch_size,
         executor=executor,
-        shared_machine=False,
+        shared_machine=outcome.crowded,
         started=outcome.started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - outcome.clock, 3),
     )

@@ -26,13 +26,17 @@ class SuiteHead(_Section):
 
 
 class ModelEntry(_Section):
-    """A model: a folder relative to the suite, or a pinned revision on the Hub."""
+    """A model: a folder relative to the suite, or a pinned revision on the Hub.
+
+    With `reload` a pruned model is written to disk and read back before it is evaluated.
+    """
 
     path: str | None = None
     hub: str | None = None
     revision: str | None = None
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16|float64)$")] | None = None
     allow: tuple[Annotated[str, Field(pattern="^(pickle|remote-code)$")], ...] = ()
+    reload: bool = False
 
     @model_validator(mode="after")
     def _one_place(self) -> ModelEntry:
@@ -70,10 +74,13 @@ class Validation(_Section):
 
 
 class MethodEntry(_Section):
-    """A method: its steps, and targets where they differ from the grid's."""
+    """A method: its steps, and its targets and calibration text where they differ from the suite's."""
 
     steps: Annotated[tuple[str, ...], Field(min_length=1)]
     targets: tuple[str, ...] | None = None
+    calibration: Calibration | None = None
+    tuned: str | None = None
+    """The suite by whose records, on validation text, options were chosen."""
 
 
 class EvalEntry(_Section):

@@ -164,6 +164,7 @@ class Provenance(_Frozen):
     """How the record came to be."""
 
     suite: str | None = Field(description="name of the suite, for the command that reproduces a table")
+    tuned: str | None = Field(default=None, description="the suite by whose records options were chosen, on validation text")
     command: str
     commit: str | None
     dirty: bool | None = Field(description="whether the working tree had changes")
@@ -175,7 +176,7 @@ class Provenance(_Frozen):
     threads: int
     batch_size: int
     executor: str
-    shared_machine: bool = Field(description="other runs of prunebench ran beside it, so costs are not ranked")
+    shared_machine: bool = Field(description="other processes took cores that a step needed, so costs are not ranked")
     started: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="the whole run, with loading and evaluation")
 

@@ -54,7 +54,7 @@ class _Beside(_OfRows):
         adapter = Adapter("", self.down, self.up, self.scale)
 
         def add(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return output + adapter.added(args[0]).to(output.dtype)
+            return (output + adapter.added(args[0])).to(output.dtype)
 
         handle = self.module.register_forward_hook(add)
         try:

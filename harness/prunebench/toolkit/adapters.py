@@ -51,7 +51,7 @@ class Adapters:
         adapter = Adapter(matrix.name, down.detach().clone(), up.detach().clone(), scale)
 
         def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return output + adapter.added(args[0]).to(output.dtype)
+            return (output + adapter.added(args[0])).to(output.dtype)
 
         self._attached.append((adapter, matrix.module.register_forward_hook(add)))
 

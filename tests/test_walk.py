@@ -331,6 +331,13 @@ def test_statistics_end_a_forward_when_every_matrix_has_read_its_input() -> None
         assert finished["count"] == 1
 
 
+@pytest.mark.parametrize(("length", "size"), [(7, 5), (400, 2), (1024, 1), (1500, 1)])
+def test_a_host_takes_no_more_tokens_at_a_time_than_pay(length: int, size: int) -> None:
+    job = make_job(PlainModel().eval(), tokens_of(5, length), batch_size=5)
+    block = next(walk(job))
+    assert [len(batch) for batch in block.batches()] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_a_matrix_that_is_called_twice_has_statistics_of_both_calls(batch_size: int) -> None:
     class Twice(PlainBlock):

@@ -191,10 +191,39 @@ def test_every_recipe_has_a_section_and_methods_without_data_stand_in_each() -> 
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_recipe_is_another_section(change: dict[str, Any]) -> None:
+def test_another_recipe_is_another_table(change: dict[str, Any]) -> None:
     other = C4_512.model_copy(update=change)
     found = board(make_record(make_spec(recipe=C4_512)), make_record(make_spec("magnitude", recipe=other)))
-    assert [len(section.tables[0].rows) for section in found.sections] == [1, 1]
+    assert [len(table.rows) for section in found.sections for table in section.tables] == [1, 1]
+
+
+def test_retrained_rows_have_tables_of_their_own_under_their_control() -> None:
+    """`dense + perp` is the control of `magnitude + perp`, and of that alone; methods without calibration match every one."""
+    trained = Recipe(training=C4_TEXT, training_tokens=4096)
+    perp, other = "perp[steps=60]", "perp[subset=norms,steps=60]"
+    found = board(
+        make_record(make_spec("dense", "dense", None), 50.0),
+        make_record(make_spec(f"dense + {perp}", "dense", recipe=trained), 40.0),
+        make_record(make_spec("magnitude", seed=None), 80.0),
+        make_record(make_spec(f"magnitude + {perp}", recipe=trained), 60.0),
+        make_record(make_spec(f"magnitude + {other}", recipe=trained), 70.0),
+        make_record(make_spec("imp", recipe=trained), 65.0),
+        make_record(make_spec("wanda", recipe=C4_512), 79.0),
+    )
+    [section] = found.sections
+    plain, retrained = section.tables
+    assert [(row.method, row.control) for row in plain.rows] == [("dense", None), ("wanda", None), ("magnitude", None)]
+    assert [(row.method, row.control and round(row.control, 3)) for row in retrained.rows] == [
+        ("dense", None),
+        (f"dense + {perp}", None),
+        (f"magnitude + {perp}", 0.5),
+        ("imp", None),
+        (f"magnitude + {other}", None),
+    ]
+    assert retrained.training == trained
+    text = to_markdown(found)
+    assert "retrained on text of allenai/c4" in text
+    assert [row["vs control"] for row in list(tables(text))[1]] == ["", "", "+50.0%", "", ""]
 
 
 # What a row says

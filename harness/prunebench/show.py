@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunebench.results import leaderboard
-from prunebench.results.board import Board, Section
+from prunebench.results.board import Board
 from prunebench.results.records import RunRecord
 
 WIDE = 116
@@ -47,14 +47,13 @@ def print_board(board: Board, console: Console) -> None:
         for note in leaderboard.section_notes(section):
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
         for table in section.tables:
-            shown = _columns_that_fit(section, console)
-            grid = Table(
-                box=SIMPLE, title=escape(leaderboard.target_title(table.target)), title_justify="left", title_style="bold"
-            )
+            headings = leaderboard.columns(section, table)
+            shown = _columns_that_fit(headings, console)
+            grid = Table(box=SIMPLE, title=escape(leaderboard.table_title(table)), title_justify="left", title_style="bold")
             for index in shown:
-                grid.add_column(leaderboard.columns(section)[index], justify="right" if index else "left", no_wrap=True)
+                grid.add_column(headings[index], justify="right" if index else "left", no_wrap=True)
             for row in table.rows:
-                cells = leaderboard.cells(row)
+                cells = leaderboard.cells(table, row)
                 grid.add_row(*(escape(cells[index]) for index in shown), style="dim" if row.method == "dense" else "")
             console.print(grid)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
@@ -113,10 +112,10 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     console.print(facts)
 
 
-def _columns_that_fit(section: Section, console: Console) -> list[int]:
+def _columns_that_fit(headings: list[str], console: Console) -> list[int]:
     """All columns, or on a narrow terminal those that matter most."""
     left_out = () if console.width >= WIDE else ("peak MiB", "of all %", "coverage %")
-    return [index for index, heading in enumerate(leaderboard.columns(section)) if heading not in left_out]
+    return [index for index, heading in enumerate(headings) if heading not in left_out]
 
 
 def _memory(count: int | None, where: str) -> str:

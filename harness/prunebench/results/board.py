@@ -1,8 +1,9 @@
 """From records to boards: which rows may stand in one table.
 
 Rows stand in one table only when their scores were measured under the same conditions, on the same machine, and the prunings
-that used data had the same recipe; methods that use no data match any recipe. Several seeds are one row. Rows are sorted by
-value and carry no ranks: an order of means is not evidence until a test says so.
+that used data had the same recipe; methods that use no data match any recipe. What was trained on text of its own never stands
+beside what was not: it has tables of its own, with the same training of the dense model as a control on top. Several seeds are
+one row. Rows are sorted by value and carry no ranks: an order of means is not evidence until a test says so.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Row:
     seeds: tuple[int | None, ...]
     change: float | None
     """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
+    control: float | None
+    """Relative change of the mean against the dense model after the same training, or None without such a run."""
+    tuned: str | None
+    """The suite in which options were chosen."""
+    extra_parameters: int
     prune_seconds: float
     peak_bytes: int | None
     sparsity_prunable: float
@@ -57,6 +63,8 @@ class Table:
 
     target: str
     rows: tuple[Row, ...]
+    training: Recipe | None = None
+    """The recipe of rows that were trained on text; None where none was."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +152,17 @@ def build_board(stored: Iterable[Stored], revisions: Mapping[str, int] | None = 
 
 
 def _sections(entries: list[_Entry]) -> list[Section]:
-    """One section a recipe; rows of methods without data stand in each."""
-    recipes = {fingerprint(e.record.spec.recipe): e.record.spec.recipe for e in entries if _uses_data(e.record)}
+    """One section a calibration recipe; rows of methods without calibration stand in each."""
+    recipes: dict[str, Recipe] = {}
+    keys = []
+    for entry in entries:
+        calibration = entry.record.spec.recipe.model_copy(update={"training": None, "training_tokens": None})
+        keys.append(fingerprint(calibration) if calibration.calibration else None)
+        if keys[-1]:
+            recipes[keys[-1]] = calibration
     found = []
     for key in sorted(recipes) or [""]:
-        members = [e for e in entries if not _uses_data(e.record) or fingerprint(e.record.spec.recipe) == key]
+        members = [entry for entry, own in zip(entries, keys, strict=True) if own in (None, key)]
         found.append(_section(_latest(members), recipes.get(key)))
     return found
 
@@ -164,13 +178,21 @@ def _latest(entries: list[_Entry]) -> list[_Entry]:
 def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
     dense = [e for e in entries if e.record.spec.target == DENSE]
     baseline = next((e.score.value for e in dense if e.record.spec.method == DENSE), None)
-    targets = sorted({e.record.spec.target for e in entries} - {DENSE}, key=_target_order)
+    trainings: dict[str, Recipe | None] = {_training(e): e.record.spec.recipe if _training(e) else None for e in entries}
     lower_first = not entries[0].score.higher_is_better
     tables = []
-    for target in targets or [DENSE]:
-        at_target = [e for e in entries if e.record.spec.target == target] if targets else []
-        rows = sorted(_rows(at_target, baseline), key=lambda row: (row.mean if lower_first else -row.mean, row.method))
-        tables.append(Table(target, (*_rows(dense, baseline), *rows)))
+    for training in sorted(trainings):
+        top = [e for e in dense if e.record.spec.method == DENSE or _training(e) == training]
+        controls = {
+            e.record.spec.method: [o.score.value for o in top if o.record.spec.method == e.record.spec.method] for e in top
+        }
+        mine = [e for e in entries if _training(e) == training and e.record.spec.target != DENSE]
+        for target in sorted({e.record.spec.target for e in mine}, key=_target_order) or ([DENSE] if not training else []):
+            at_target = [e for e in mine if e.record.spec.target == target]
+            rows = sorted(
+                _rows(at_target, baseline, controls), key=lambda row: (row.mean if lower_first else -row.mean, row.method)
+            )
+            tables.append(Table(target, (*_rows(top, baseline, {}), *rows), trainings[training]))
     first = entries[0]
     return Section(
         model=first.record.spec.model.name,
@@ -184,25 +206,41 @@ def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
     )
 
 
-def _rows(entries: list[_Entry], baseline: float | None) -> list[Row]:
+def _training(entry: _Entry) -> str:
+    """The fingerprint of the text that a run was trained on; empty where it was not."""
+    recipe = entry.record.spec.recipe
+    if recipe.training is None and recipe.training_tokens is None:
+        return ""
+    return fingerprint(Recipe(training=recipe.training, training_tokens=recipe.training_tokens))
+
+
+def _rows(entries: list[_Entry], baseline: float | None, controls: Mapping[str, list[float]]) -> list[Row]:
     by_method: dict[str, list[_Entry]] = {}
     for entry in entries:
         by_method.setdefault(entry.record.spec.method, []).append(entry)
-    return [_row(method, by_method[method], baseline) for method in sorted(by_method, key=lambda m: (m != DENSE, m))]
+    methods = sorted(by_method, key=lambda m: (m != DENSE, m))
+    return [_row(method, by_method[method], baseline, controls) for method in methods]
 
 
-def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
-    entries = sorted(entries, key=lambda e: (-1 if e.record.spec.seed is None else e.record.spec.seed))
+def _row(method: str, entries: list[_Entry], baseline: float | None, controls: Mapping[str, list[float]]) -> Row:
+    entries = sorted(entries, key=lambda e: -1 if e.record.spec.seed is None else e.record.spec.seed)
     values = tuple(e.score.value for e in entries)
     audits = [e.record.audit for e in entries if e.record.audit is not None]
     peaks = [e.record.peak_bytes for e in entries if e.record.peak_bytes is not None]
     is_baseline = method == DENSE and entries[0].record.spec.target == DENSE
     mean = statistics.fmean(values)
+    # `dense + perp[...]` is the control of `wanda + perp[...]`.
+    later = [step.text for step in entries[0].record.spec.steps[1:]]
+    control = controls.get(" + ".join([DENSE, *later])) if later else None
+    is_control = entries[0].record.spec.target == DENSE
     return Row(
         method=method,
         values=values,
         seeds=tuple(e.record.spec.seed for e in entries),
         change=None if not baseline or is_baseline else mean / baseline - 1,
+        control=None if not control or is_control else mean / statistics.fmean(control) - 1,
+        tuned=next((e.record.provenance.tuned for e in entries if e.record.provenance.tuned), None),
+        extra_parameters=max(e.record.extra_parameters for e in entries),
         prune_seconds=statistics.fmean(e.record.prune_seconds for e in entries),
         peak_bytes=max(peaks, default=None),
         sparsity_prunable=statistics.fmean(a.sparsity_prunable for a in audits) if audits else 0.0,
@@ -211,10 +249,6 @@ def _row(method: str, entries: list[_Entry], baseline: float | None) -> Row:
         shared_machine=any(e.record.provenance.shared_machine for e in entries),
         ids=tuple(e.record.id for e in entries),
     )
-
-
-def _uses_data(record: RunRecord) -> bool:
-    return record.spec.recipe.calibration is not None or record.spec.recipe.training is not None
 
 
 def _eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:

@@ -1,10 +1,10 @@
-"""From boards to text: the page `leaderboard.md`, and the cells that the terminal shows too. The same records, the same bytes."""
+"""From boards to text: the page `leaderboard.md`, and the cells that the terminal shows too. Equal records, equal bytes."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from prunebench.results.board import DENSE, Board, Row, Section
+from prunebench.results.board import DENSE, Board, Row, Section, Table
 from prunebench.results.records import RunRecord, fingerprint
 
 
@@ -21,12 +21,13 @@ def to_markdown(board: Board) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def columns(section: Section) -> list[str]:
-    """The headings of a section's tables."""
+def columns(section: Section, table: Table) -> list[str]:
+    """The headings of a table."""
     return [
         "method",
         section.unit,
         "vs dense",
+        *(["vs control", "extra parameters"] if table.training else []),
         "seeds",
         "prune s",
         "peak MiB",
@@ -36,14 +37,15 @@ def columns(section: Section) -> list[str]:
     ]
 
 
-def cells(row: Row) -> list[str]:
+def cells(table: Table, row: Row) -> list[str]:
     """A row's texts, one a heading."""
     spread = "" if row.spread is None else f" ± {number(row.spread)}"
     mark = "*" if row.shared_machine else ""
     return [
-        row.method,
+        f"{row.method} (tuned)" if row.tuned else row.method,
         f"{number(row.mean)}{spread}",
-        "" if row.change is None else f"{row.change:+.1%}",
+        _percent(row.change),
+        *([_percent(row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
         row.seeds_shown,
         f"{row.prune_seconds:.2f}{mark}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}{mark}",
@@ -51,6 +53,10 @@ def cells(row: Row) -> list[str]:
         f"{row.sparsity_total:.2%}".removesuffix("%"),
         f"{row.coverage:.2%}".removesuffix("%"),
     ]
+
+
+def _percent(change: float | None) -> str:
+    return "" if change is None else f"{change:+.1%}"
 
 
 def section_notes(section: Section) -> list[str]:
@@ -93,27 +99,42 @@ Rows in one table were measured under the same conditions on the same machine, a
 recipe. Several calibration seeds are one row: mean ± standard deviation over seeds. `deterministic` methods use neither data
 nor randomness. Rows are sorted by value; **there are no ranks**, because no test of the differences has been made: a
 difference within the spread over seeds, or one that a few windows of text could turn round, means nothing.
+
+Options that differ from a method's defaults are written out; `(tuned)` says that they were chosen on validation text, by the
+records of a suite that are kept too. What was retrained on text has tables of its own: on top the dense model, and the dense
+model after the very same training as a control, since training alone helps a model too; `vs control` compares with that.
+Budgets of training are in the options (`steps`, `batch`) and far below the papers'.
+
 `sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
-same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method pruned. `prune s` is the whole
-pruning without loading and evaluation, `peak MiB` the highest memory of the process (of the GPU where there is one) while
-pruning; a `*` marks costs measured while other runs shared the machine."""
+same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method
+pruned, `extra parameters` what it added. `prune s` is the whole pruning without loading and evaluation, with the original cost
+of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*` marks
+costs measured while other processes took cores that the run needed."""
 
 
 def _section_markdown(section: Section) -> str:
     notes = "\n".join(f"* {_one_line(note)}" for note in section_notes(section))
     parts = [f"## {_one_line(section.title)}", notes]
     for table in section.tables:
-        rows = [[_one_line(cell) for cell in cells(row)] for row in table.rows]
-        frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section)])
+        rows = [[_one_line(cell) for cell in cells(table, row)] for row in table.rows]
+        frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section, table)])
         align = ["left"] + ["right"] * (len(frame.columns) - 1)
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-        parts.append(f"### {target_title(table.target)}\n\n{text}")
+        parts.append(f"### {_one_line(table_title(table))}\n\n{text}")
     return "\n\n".join(parts)
 
 
 def target_title(target: str) -> str:
     """A target as a heading."""
     return target if ":" in target or target == DENSE else f"{float(target) * 100:g}% unstructured"
+
+
+def table_title(table: Table) -> str:
+    """A table's target, and what its rows were trained on."""
+    title = target_title(table.target)
+    if table.training is None or table.training.training is None:
+        return title
+    return f"{title}, retrained on text of {table.training.training.label()}, {table.training.training_tokens:,} tokens"
 
 
 def _reason(record: RunRecord) -> str:
@@ -124,5 +145,3 @@ def _reason(record: RunRecord) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-

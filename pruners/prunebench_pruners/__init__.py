@@ -10,6 +10,7 @@ from prunebench_pruners.lora import Lora
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.perp import Perp
 from prunebench_pruners.random import RandomPruner
+from prunebench_pruners.sparsegpt import SparseGpt
 from prunebench_pruners.wanda import Wanda
 from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
@@ -17,4 +18,4 @@ from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 @hookimpl
 def prunebench_pruners() -> list[type[Pruner]]:
     """The methods, from the null pruner up."""
-    return [DensePruner, RandomPruner, Magnitude, Imp, Wanda, Gblm, WandaPlusPlus, Perp, Lora]
+    return [DensePruner, RandomPruner, Magnitude, Imp, Wanda, Gblm, WandaPlusPlus, SparseGpt, Perp, Lora]

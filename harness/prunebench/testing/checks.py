@@ -248,7 +248,8 @@ def _counts(found: Contents, target: Target, group: str) -> list[tuple[str, torc
     if group == "matrix":
         return [(name, zero.sum().view(1), int(zero.numel() * target.sparsity)) for name, zero in found.items()]
     if group.startswith("columns:"):
-        slabs = [(name, slab) for name, zero in found.items() for slab in zero.split(int(group.removeprefix("columns:")), 1)]
+        width = int(group.removeprefix("columns:"))
+        slabs = [(name, slab) for name, zero in found.items() for slab in torch.split(zero, width, dim=1)]
         return [(f"a slab of {name}", slab.sum().view(1), int(slab.numel() * target.sparsity)) for name, slab in slabs]
     total = torch.stack([zero.sum() for zero in found.values()]).sum().view(1)
     return [("the model", total, int(sum(zero.numel() for zero in found.values()) * target.sparsity))]

@@ -225,7 +225,7 @@ def _check_slabs(matrix: LinearMatrix, gone: torch.Tensor, target: Unstructured,
     width = group.removeprefix("columns:")
     if not width.isdecimal() or not int(width):
         raise AuditError(f"the comparison group {group!r} names no number of columns.")
-    for index, slab in enumerate(gone.split(int(width), dim=1)):
+    for index, slab in enumerate(torch.split(gone, int(width), dim=1)):
         removed, wanted = int(slab.sum()), target.removed(slab.numel())
         if removed != wanted:
             first = index * int(width)

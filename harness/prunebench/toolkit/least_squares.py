@@ -1,0 +1,235 @@
+"""Remove entries column by column and let the later columns make up for it: the least squares of SparseGPT (`methods.md` 4).
+
+For a weight W and the Gram matrix H of its inputs, min ||(W - Q) X||² over Q with given zeros is approached greedily: when
+column j loses entries, the later columns of the same rows take up the error. With `U'U` the inverse of H (U upper triangular),
+`U_jj² = [(H_{j:,j:})^-1]_00` and row j of U over U_jj says how (Frantar and Alistarh 2023, arXiv 2301.00774, section 3).
+
+Speed. Everything is transposed, [inputs, outputs], so that a column of W is contiguous. Columns come in leaves of few: inside
+a leaf a column takes the errors of those before it by one matrix-vector product; leaves are joined by halves of a slab, slabs
+by the lazy update of all that follows, each one product of matrices. Only the order of sums depends on the leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prunebench.errors import NonFiniteError, RunError
+from prunebench.targets import NM, Target, Unstructured
+from prunebench.toolkit.masks import keep_in_groups, keep_mask
+from prunebench.toolkit.phases import phase
+from prunebench.toolkit.scores import at_least_float32
+
+LEAF = 8
+"""Columns swept one at a time before their errors go on in a product; with N:M targets a leaf is a group."""
+
+Choose = Callable[[torch.Tensor, slice], torch.Tensor]
+"""`choose(scores, columns)`: from the scores `W²/U_jj²` [outputs, some columns] of the present weights to their keep mask."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """What the sweep needs of a Gram matrix; matrices that share inputs share it."""
+
+    upper: torch.Tensor
+    """U, upper triangular, [inputs, inputs]: `U'U` is the inverse of the damped Gram matrix."""
+    dead: torch.Tensor
+    """Inputs that are always zero, [inputs]: their weights do nothing, and become zero."""
+
+
+def inverse_factor(gram: torch.Tensor, damping: float, retried: Callable[[float], None]) -> InverseFactor:
+    """Factor the inverse of `gram + damping * mean(diagonal) * I`; dead inputs get a diagonal of 1 first.
+
+    With R upper triangular and RR' the damped matrix, U is the inverse of R: one Cholesky factorisation, of the matrix turned
+    by 180 degrees, and no inverse of the matrix itself, which costs more and is less exact.
+
+    Args:
+        gram: [inputs, inputs], float32 or float64; left as it is.
+        damping: above 0; where the factorisation fails ten times as much is tried, up to 1.
+        retried: told each damping that is tried after the first.
+
+    Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
+        RunError: it cannot be factored with a damping of 1 either.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise NonFiniteError(f"{int((~torch.isfinite(gram)).sum())} of {gram.numel()} entries of a Gram matrix are not finite.")
+    with phase("update"):
+        dead = gram.diagonal() == 0
+        diagonal = gram.diagonal().masked_fill(dead, 1)
+        while True:
+            turned = gram.flip(0, 1)
+            turned.diagonal().copy_((diagonal + damping * diagonal.mean()).flip(0))
+            lower, failed = torch.linalg.cholesky_ex(turned)
+            if not int(failed):
+                return InverseFactor(_inverse_upper(lower.flip(0, 1)), dead)
+            if damping >= 1:
+                raise RunError(
+                    f"a Gram matrix of {len(gram)} inputs is not positive definite, even with a damping of {damping:g}; "
+                    "more calibration text may help."
+                )
+            damping = min(1.0, 10 * damping)
+            retried(damping)
+
+
+def _inverse_upper(upper: torch.Tensor) -> torch.Tensor:
+    """The inverse of an upper triangular matrix by halves: products, where a solve would do thrice the work."""
+    size = len(upper)
+    if size <= 128:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return inverse
+    half = size // 2
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half] = _inverse_upper(upper[:half, :half])
+    inverse[half:, half:] = _inverse_upper(upper[half:, half:])
+    inverse[:half, half:] = -(inverse[:half, :half] @ upper[:half, half:]) @ inverse[half:, half:]
+    return inverse
+
+
+def choose_slabs(target: Target, removed: torch.Tensor | None) -> Choose:
+    """Compare all the entries it is shown: exactly `int(size * s)` of them go, those in `removed` [outputs, inputs] first."""
+
+    def choose(scores: torch.Tensor, columns: slice) -> torch.Tensor:
+        return keep_mask(_removed_first(scores, removed, columns), target, "matrix")
+
+    return choose
+
+
+def choose_groups(target: NM, removed: torch.Tensor | None) -> Choose:
+    """Compare the M columns it is shown row by row, those in `removed` first; without the checks of `keep_mask`, which wait
+    for the device. Entries in `removed` stay so even where a group has more of them than the target asks for."""
+
+    def choose(scores: torch.Tensor, columns: slice) -> torch.Tensor:
+        keep = keep_in_groups(_removed_first(scores, removed, columns).t().contiguous(), target).t()
+        return keep if removed is None else keep & ~removed[:, columns]
+
+    return choose
+
+
+class ThresholdRule:
+    """The authors' code: of the entries it is shown all go whose score is at most that of number `int(size * s)`, counted from
+    0: one more than asked for, and all that are equal to it. Remembers the mask of exact counts, [outputs, inputs]."""
+
+    def __init__(self, target: Unstructured, removed: torch.Tensor | None, like: torch.Tensor) -> None:
+        self._target, self._removed = target, removed
+        self.exact = torch.ones_like(like, dtype=torch.bool)
+
+    def __call__(self, scores: torch.Tensor, columns: slice) -> torch.Tensor:
+        """As `Choose`."""
+        scores = _removed_first(scores, self._removed, columns)
+        self.exact[:, columns] = keep_mask(scores, self._target, "matrix")
+        count = self._target.removed(scores.numel())
+        return scores > scores.flatten().kthvalue(count + 1).values if count else self.exact[:, columns]
+
+
+def choose_given(keep: torch.Tensor) -> Choose:
+    """A mask [outputs, inputs] made before the sweep."""
+    return lambda scores, columns: keep[:, columns]  # noqa: ARG005 - the signature is `Choose`
+
+
+def _removed_first(scores: torch.Tensor, removed: torch.Tensor | None, columns: slice) -> torch.Tensor:
+    return scores if removed is None else scores.masked_fill(removed[:, columns], -1)
+
+
+def check_room(name: str, groups: Sequence[torch.Tensor], target: Target) -> None:
+    """Whether exact counts are possible in comparison groups of which earlier steps have removed what is True.
+
+    Raises:
+        RunError: more is removed already than the target asks for.
+    """
+    if not isinstance(target, Unstructured):
+        return
+    for group in groups:
+        removed, wanted = int(group.sum()), target.removed(group.numel())
+        if removed > wanted:
+            raise RunError(
+                f"earlier steps removed {removed} of {group.numel()} entries of {name} that are compared with each other, "
+                f"and {target} asks for {wanted}."
+            )
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves."""
+
+    weight: torch.Tensor
+    """[outputs, inputs], float32 or float64; zero where `keep` is False."""
+    keep: torch.Tensor
+    """[outputs, inputs]."""
+    loss: torch.Tensor
+    """`sum((w - q)²/U_jj²) / 2`, a scalar on the device."""
+
+
+def sweep(
+    weight: torch.Tensor, factor: InverseFactor, choose: Choose, slab: int = 128, every: int = 0, leaf: int = LEAF
+) -> Swept:
+    """Remove entries slab by slab, in each column by column, later columns taking up the errors.
+
+    Args:
+        weight: [outputs, inputs]; left as it is.
+        factor: of its inputs' Gram matrix.
+        choose: decides what stays.
+        slab: columns whose errors the later slabs take up at once.
+        every: asked for so many columns at a time, M for N:M targets; 0 for whole slabs. Divides `slab`.
+        leaf: columns swept one at a time where `every` is 0.
+    """
+    with phase("update"):
+        work = at_least_float32(weight).t().clone(memory_format=torch.contiguous_format)
+        work[factor.dead] = 0
+        keep = torch.empty_like(work, dtype=torch.bool)
+        loss = work.new_zeros(())
+        for start in range(0, len(work), slab):
+            end = min(start + slab, len(work))
+            part = _Slab(work[start:end], keep[start:end], factor.upper[start:end, start:end], choose, start)
+            errors = part.swept(every, leaf)
+            loss += errors.square().sum() / 2
+            work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+        work += 0.0  # -0.0 becomes 0.0
+        return Swept(work.t(), keep.t(), loss)
+
+
+class _Slab:
+    """Some columns on their way through the sweep, all [columns, outputs]; views into the whole."""
+
+    def __init__(self, work: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, choose: Choose, start: int) -> None:
+        self._work, self._keep, self._upper, self._choose, self._start = work, keep, upper, choose, start
+        self._inverse = upper.diagonal().reciprocal()[:, None]
+        self._errors = torch.empty_like(work)
+        self._scale = torch.empty_like(work)
+        """1/U_jj where an entry goes, 0 where it stays: an error is a product of two columns."""
+        self._columns = list(zip(work.unbind(), self._scale.unbind(), self._errors.unbind(), upper.unbind(1), strict=True))
+
+    def swept(self, every: int, leaf: int) -> torch.Tensor:
+        """Sweep, and return the errors `(w - q)/U_jj`."""
+        if not every:
+            self._select(0, len(self._work))
+        self._halve(0, len(self._work), every or leaf, select=bool(every))
+        self._work *= self._keep.view(torch.uint8)  # on a host twenty times as fast as `masked_fill_`; below, too
+        return self._errors
+
+    def _select(self, first: int, last: int) -> None:
+        scores = (self._work[first:last] * self._inverse[first:last]).square_()
+        keep = self._keep[first:last].copy_(self._choose(scores.t(), slice(self._start + first, self._start + last)).t())
+        self._scale[first:last].copy_((~keep).view(torch.uint8)).mul_(self._inverse[first:last])
+
+    def _halve(self, first: int, last: int, leaf: int, select: bool) -> None:
+        """The first half, its errors into the second by one product, the second half."""
+        if last - first <= leaf:
+            if select:
+                self._select(first, last)
+            self._sweep(first, last)
+            return
+        middle = first + leaf * ((last - first - 1) // leaf // 2 + 1)
+        self._halve(first, middle, leaf, select)
+        self._work[middle:last].addmm_(self._upper[first:middle, middle:last].t(), self._errors[first:middle], alpha=-1)
+        self._halve(middle, last, leaf, select)
+
+    def _sweep(self, first: int, last: int) -> None:
+        errors = self._errors[first:last].t()
+        for done, (present, scale, error, upper) in enumerate(self._columns[first:last]):
+            if done:
+                present.addmv_(errors[:, :done], upper[first : first + done], alpha=-1)
+            torch.mul(present, scale, out=error)

@@ -86,7 +86,7 @@ class Imp(Pruner):
                 repeated.append(f"round {done} keeps {target}")
             else:
                 self._grow(job, target, masks)
-            trainings.append(retrain(job, self.retrain, masks, stage=done))
+            trainings.append(retrain(job, self.retrain, masks, stage=done - 1))  # one-shot draws what perp alone would
             earlier = target
         report(job, self.retrain, *trainings)
         if repeated:
@@ -95,7 +95,8 @@ class Imp(Pruner):
     def _grow(self, job: Job, target: Target, masks: dict[str, torch.Tensor]) -> None:
         for matrix in job.anatomy.matrices:
             scores = magnitude_scores(matrix.weight)
-            if matrix.name in masks:
-                scores.masked_fill_(~masks[matrix.name].to(scores.device), -1.0)  # a survivor may be zero too
-            masks[matrix.name] = keep_mask(scores, target, group=self.group)
+            survivors = masks.get(matrix.name, torch.ones(matrix.shape, dtype=torch.bool)).to(scores.device)
+            scores.masked_fill_(~survivors, -1.0)  # a survivor may be zero too
+            # An earlier step may have removed more than this round asks for.
+            masks[matrix.name] = keep_mask(scores, target, group=self.group) & survivors
             matrix.keep(masks[matrix.name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.lowrank import LowRank
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.retrain import (
+    Cast,
     Loss,
+    OwnParameters,
     Part,
     Retraining,
     Scope,
@@ -39,7 +42,7 @@ def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | 
     Raises:
         NonFiniteError: the loss is no number.
     """
-    if settings.subset == "head":
+    if settings.subset == "head" and settings.steps:
         untie_head(job.model)
     scope = whole_model(job, masks)
     generator = torch.Generator().manual_seed(1000 * job.seed + stage)
@@ -61,50 +64,59 @@ def reconstruct(job: Job, settings: Retraining) -> None:
         NonFiniteError: the loss is no number.
     """
     generator = torch.Generator().manual_seed(1000 * job.seed)
-    before, after = [], []
+    trainings, cast = [], Cast()
     for block in walk(job):
         replica, dense = block.replica(), block.replica(of=job.dense.block(block.handle))
         scope = Scope(replica.module, {matrix: replica.inner(matrix) for matrix in block.matrices}, job.masks)
         parts = parts_of(settings, scope, generator)
         samples = _in_order(len(job.calibration), settings.batch)
-        trained = train(settings, scope, parts, samples, _block_loss(block, replica, dense), job)
-        if trained.losses:
-            before.append(trained.losses[0])
-            after.append(trained.losses[-1])
-            _merge(scope, parts)
-            _store(block, replica, scope)
-    if before:
-        job.note("block_loss_of_the_first_batch", [float(f"{value:.4g}") for value in before])
-        job.note("block_loss_of_the_last_batch", [float(f"{value:.4g}") for value in after])
+        trainings.append(train(settings, scope, parts, samples, _block_loss(block, replica, dense), job))
+        if settings.steps:
+            _merge(scope, parts, Cast())
+            _store(block, replica, scope, cast)
+    _note_size(job, sum(training.parameters for training in trainings), settings.steps * settings.batch, job.calibration)
+    if settings.steps:
+        job.note("block_loss_of_the_first_batch", [float(f"{training.losses[0]:.4g}") for training in trainings])
+        job.note("block_loss_of_the_last_batch", [float(f"{training.losses[-1]:.4g}") for training in trainings])
+        job.note("changes_that_survive_the_cast", cast.share)
 
 
 def report(job: Job, settings: Retraining, *trainings: Trained) -> None:
     """Note what trainings on the job's windows were: their share of the parameters, their tokens, their losses."""
-    seen = settings.steps * settings.batch * len(trainings)
-    job.note("trained_parameters", trainings[0].parameters)
-    job.note("trained_share", trainings[0].parameters / sum(parameter.numel() for parameter in job.model.parameters()))
-    job.note("tokens_seen", seen * job.training.shape[1])
-    job.note("epochs", seen / len(job.training))
+    _note_size(job, trainings[0].parameters, settings.steps * settings.batch * len(trainings), job.training)
     job.note("loss_curve", [point for training in trainings for point in training.curve()])
 
 
+def _note_size(job: Job, parameters: int, seen: int, windows: torch.Tensor) -> None:
+    job.note("trained_parameters", parameters)
+    job.note("trained_share", parameters / sum(parameter.numel() for parameter in job.model.parameters()))
+    job.note("tokens_seen", seen * windows.shape[1])
+    job.note("epochs", seen / len(windows))
+
+
 def merge_and_compare(job: Job, scope: Scope, parts: Sequence[Part]) -> None:
-    """Merge low-rank parts, and note how far any logit of one training window moves by it, as a share of their range."""
-    if not any(isinstance(part, LowRank) for part in parts):
-        return
-    probe = job.training[:1].to(job.device)
+    """Merge low-rank parts, and note how far any logit of one training window moves by it, as a share of their range.
+
+    Noted for all parts: the share of the changed numbers that differ in the model's dtype too. Training computes with weights
+    of that dtype already, so in 16 bits too the merge moves no logit.
+    """
+    cast = Cast()
     with phase("update"), torch.no_grad():
-        before = _logits(job.model, probe, parts)
-        survived = _merge(scope, parts)
-        after = _logits(job.model, probe, ())
-    job.note("merge_logit_change", float((after - before).abs().max() / (before.max() - before.min())))
-    job.note("changes_that_survive_the_cast", survived)
+        for part in parts:
+            if isinstance(part, OwnParameters):
+                part.compare(cast)
+        if any(isinstance(part, LowRank) for part in parts):
+            probe = job.training[:1].to(job.device)
+            before = _logits(job.model, probe, parts)
+            _merge(scope, parts, cast)
+            after = _logits(job.model, probe, ())
+            job.note("merge_logit_change", float((after - before).abs().max() / (before.max() - before.min())))
+    job.note("changes_that_survive_the_cast", cast.share)
 
 
-def _merge(scope: Scope, parts: Sequence[Part]) -> float:
-    """Write what low-rank parts learned into the weights; returns the share of changed entries that still differ there."""
+def _merge(scope: Scope, parts: Sequence[Part], cast: Cast) -> None:
+    """Write what low-rank parts learned into the weights."""
     matrices = {id(module): matrix for matrix, module in scope.modules.items()}
-    changed = survived = 0
     for part in parts:
         if isinstance(part, LowRank):
             weight = part.module.weight
@@ -112,26 +124,19 @@ def _merge(scope: Scope, parts: Sequence[Part]) -> float:
             merged = part.merged_weight()
             matrix = matrices.get(id(part.module))
             stored = weight.detach() if matrix is None else matrix.oriented(weight.detach())
-            rounded = merged.to(stored.dtype)
-            changed += int((merged != stored.to(merged.dtype)).sum())
-            survived += int((rounded != stored).sum())
+            cast.count(merged, stored)
             if matrix is not None and matrix.module is part.module:
                 matrix.write(merged, scope.mask(matrix))
             else:
-                stored.copy_(rounded)
-    return survived / changed if changed else 1.0
+                stored.copy_(merged)
 
 
 def _logits(model: nn.Module, tokens: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-    contexts = [part.installed() for part in parts]
-    for context in contexts:
-        context.__enter__()
-    try:
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.installed())
         found: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
         return found.float()
-    finally:
-        for context in contexts:
-            context.__exit__(None, None, None)
 
 
 def _in_order(samples: int, size: int) -> Iterator[torch.Tensor]:
@@ -151,12 +156,13 @@ def _block_loss(block: Block, replica: Replica, dense: Replica) -> Loss:
     return loss
 
 
-def _store(block: Block, replica: Replica, scope: Scope) -> None:
+def _store(block: Block, replica: Replica, scope: Scope, cast: Cast) -> None:
     """Bring a trained replica's numbers into the block; what was not trained comes back as it was, bit for bit."""
     with phase("update"), torch.no_grad():
         written: list[Matrix] = block.matrices
         mine = {id(matrix.module.weight) for matrix in written}
         for (_, own), (_, copied) in zip(block.module.named_parameters(), replica.module.named_parameters(), strict=True):
+            cast.count(copied, own)
             if id(own) not in mine:
                 own.copy_(copied)
         for matrix in written:

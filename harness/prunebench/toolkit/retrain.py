@@ -101,7 +101,7 @@ class Part(Protocol):
         """A context in which the model uses them."""
 
     def collect_gradients(self) -> None:
-        """After a backward pass: bring the gradients to the parameters."""
+        """After each backward pass of a step: add the gradients to the parameters'."""
 
     def refresh(self) -> None:
         """After a step: bring the parameters to the model."""
@@ -114,6 +114,8 @@ class OwnParameters:
         """`masks`: by the parameter's `id`, in its stored orientation, where only some entries may move."""
         self._owned, self._masks = list(owned), dict(masks or {})
         self.parameters = [at_least_float32(parameter.detach()).clone().requires_grad_(True) for parameter in owned]
+        # To tell afterwards what the cast has left of training; where there is none, nothing is lost.
+        self._before = [p.detach().to("cpu", copy=True) if p.element_size() < 4 else None for p in owned]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -131,9 +133,10 @@ class OwnParameters:
         """With the entries that a mask removes at zero: a first step of Adam moves whatever has a gradient."""
         for copied, parameter in zip(self.parameters, self._owned, strict=True):
             if parameter.grad is not None:
-                copied.grad = parameter.grad.to(copied.dtype)
+                found = parameter.grad.to(copied.dtype)
                 if id(parameter) in self._masks:
-                    copied.grad *= self._masks[id(parameter)]
+                    found *= self._masks[id(parameter)]
+                copied.grad = found if copied.grad is None else copied.grad.add_(found)
                 parameter.grad = None
 
     def refresh(self) -> None:
@@ -141,6 +144,32 @@ class OwnParameters:
         with torch.no_grad():
             for copied, parameter in zip(self.parameters, self._owned, strict=True):
                 parameter.copy_(copied)
+
+    def compare(self, cast: Cast) -> None:
+        """Count what the cast has left of training."""
+        for copied, before in zip(self.parameters, self._before, strict=True):
+            if before is not None:
+                cast.count(copied.detach(), before.to(copied.device))
+
+
+@dataclass
+class Cast:
+    """What the cast to the model's dtype leaves of training."""
+
+    changed: int = 0
+    """Numbers that training changed."""
+    survived: int = 0
+    """Those of them that differ after the cast too."""
+
+    def count(self, trained: torch.Tensor, before: torch.Tensor) -> None:
+        """Add a trained tensor, in the dtype of training, and the one that it replaces."""
+        self.changed += int((trained != before.to(trained.dtype)).sum())
+        self.survived += int((trained.to(before.dtype) != before).sum())
+
+    @property
+    def share(self) -> float:
+        """Of the changes, those that survive; 1 where there is no cast, or no change."""
+        return self.survived / self.changed if self.changed else 1.0
 
 
 @dataclass
@@ -268,8 +297,8 @@ def train(
                     found = loss(piece) * (len(piece) / len(batch))
                 found.backward()  # type: ignore[no-untyped-call]
                 total += found.detach()
-            for part in parts:
-                part.collect_gradients()
+                for part in parts:  # now, as gradients of 16 bits should not add up in 16 bits
+                    part.collect_gradients()
             losses.append(total)
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimiser.step()

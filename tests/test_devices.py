@@ -11,6 +11,7 @@ from prunebench.targets import NM, Unstructured
 from prunebench.toolkit import keep_mask
 from prunebench.toolkit.placement import Resident, Streaming, place_model
 from prunebench_pruners.wanda import Wanda
+from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 DEVICES = [
     "cpu",
@@ -42,6 +43,19 @@ def test_wanda_prunes_as_on_the_host(device: str, placement: type[Resident]) -> 
     for matrix, twin in zip(job.anatomy.matrices, host.anatomy.matrices, strict=True):
         differing = int(((matrix.weight.cpu() == 0) != (twin.weight == 0)).sum())
         assert differing <= max(2, matrix.weight.numel() // 10_000)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("placement", [Resident, Streaming])
+def test_wanda_plus_plus_draws_and_trains_as_on_the_host(device: str, placement: type[Resident]) -> None:
+    pruner = WandaPlusPlus(learning_rate=1e-2, rounds=2, ro_samples=3, restart="dense")
+    host = make_job(tiny("llama", torch.float64), tokens_of())
+    pruner.prune(host)
+    job = make_job(tiny("llama", torch.float64), tokens_of(), placement=placement(device))
+    place_model(job.model, [block.module for block in job.anatomy.blocks], placement(device))
+    pruner.prune(job)
+    for matrix, twin in zip(job.anatomy.matrices, host.anatomy.matrices, strict=True):
+        torch.testing.assert_close(matrix.weight.cpu(), twin.weight, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -711,6 +711,17 @@ def test_training_that_is_declared_is_handed_over(run: Watched, bench: Bench) ->
     assert seen == [(6, 16)]
     assert record.spec.recipe.training is not None
     assert (record.spec.recipe.training.name, record.spec.recipe.training_tokens) == ("training.txt", 96)
+
+
+def test_a_model_read_back_from_disk_measures_the_same(bench: Bench, tmp_path: Path) -> None:
+    """Weights, an adapter that stays apart, and a head that was untied."""
+    section = f'[training]\nsource = "{bench.training}"\ntokens = 200\n'
+    method = "magnitude + perp[subset=head,steps=2,batch=2] + lora[steps=2,batch=2,learning_rate=0.1]"
+    (request,) = bench.requests(tmp_path, method, more=section)
+    kept, reloaded = (runner.run(replace(request, reload=reload), lambda *_: None, "inline") for reload in (False, True))
+    assert kept.status == reloaded.status == "ok", reloaded.reason
+    assert reloaded.scores["perplexity"].value == pytest.approx(kept.scores["perplexity"].value, rel=1e-6)
+    assert reloaded.extra_parameters == kept.extra_parameters > 0
 
 
 # What a stranger leaves behind

@@ -148,6 +148,32 @@ def test_the_grid_is_models_methods_targets_and_seeds(folder: Path) -> None:
     ]
 
 
+def test_a_method_may_have_a_calibration_text_of_its_own(folder: Path) -> None:
+    """The row it gives is another run, with another recipe; how options were chosen is kept, and is no part of the run."""
+    own = 'steps = ["wanda"]\ncalibration = { source = "training.txt", samples = 3, length = 12 }\ntuned = "mine"'
+    both = edited('steps = ["magnitude"]', f'steps = ["wanda"]\n\n[[method]]\n{own}')
+    suite = load_suite(written(folder, both))
+    requests = Planner(suite, load_registry(), "here", "", "cpu").requests()[:8]
+    assert len({request.spec.id for request in requests}) == 8
+    assert [(r.spec.recipe.samples, r.spec.recipe.length, r.tuned) for r in requests] == [(4, 16, None)] * 4 + [
+        (3, 12, "mine")
+    ] * 4
+    assert {r.spec.recipe.calibration.name for r in requests[4:] if r.spec.recipe.calibration} == {"training.txt"}
+    untuned = load_suite(written(folder, both.replace('\ntuned = "mine"', "")))
+    again = Planner(untuned, load_registry(), "here", "", "cpu").requests()[:8]
+    assert [r.spec.id for r in again] == [r.spec.id for r in requests]
+
+
+def test_a_model_that_is_read_back_is_measured_under_other_conditions(folder: Path) -> None:
+    ids = []
+    for content in (GOOD, edited('dtype = "float32"', 'dtype = "float32"\nreload = true')):
+        suite = load_suite(written(folder, content))
+        request = Planner(suite, load_registry(), "here", "", "cpu").requests()[0]
+        ids.append(request.spec.id)
+        assert request.reload == request.spec.evals[0].conditions.get("reloaded", False) == suite.model[0].reload
+    assert len(set(ids)) == 2
+
+
 def test_dense_runs_once_whatever_the_targets(folder: Path) -> None:
     assert planned(folder, edited('steps = ["magnitude"]', 'steps = ["dense"]'))[:2] == [
         "dense dense None",
@@ -285,7 +311,7 @@ def test_a_deep_key_is_no_danger(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("quickstrat", "did you mean 'quickstart'?"), ("nobody-has-this-one", "Known: quickstart")]
+    ("name", "near"), [("quickstrat", "did you mean 'quickstart'?"), ("nobody-has-this-one", "quickstart, ")]
 )
 def test_an_unknown_suite(name: str, near: str) -> None:
     with pytest.raises(UnknownNameError, match=re.escape(near)) as caught:
@@ -322,6 +348,11 @@ UNPLANNABLE = {
         without("calibration"),
         RequestError,
         "needs calibration text, and the suite has no [calibration]",
+    ),
+    "one text for calibration and training": (
+        edited('["wanda", "random"]', '["wanda", "perp"]').replace('"calibration.txt"', '"training.txt"'),
+        RequestError,
+        "calibration and training text are both training.txt",
     ),
     "no model": (edited('"tiny"', '"huge"'), ModelError, "there is no model 'huge'"),
     "no calibration file": (edited("calibration.txt", "missing.txt"), DataError, "the file missing.txt does not exist"),

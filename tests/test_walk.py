@@ -334,8 +334,8 @@ def test_statistics_end_a_forward_when_every_matrix_has_read_its_input() -> None
 @pytest.mark.parametrize(("length", "size"), [(7, 5), (400, 2), (1024, 1), (1500, 1)])
 def test_a_host_takes_no_more_tokens_at_a_time_than_pay(length: int, size: int) -> None:
     job = make_job(PlainModel().eval(), tokens_of(5, length), batch_size=5)
-    block = next(walk(job))
-    assert [len(batch) for batch in block.batches()] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
+    with first_block(job) as block:
+        assert [len(batch) for batch in block.batches()] == [size] * (5 // size) + [5 % size] * (5 % size > 0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -20,14 +20,11 @@ from torch import nn
 from prunebench.errors import ContractError
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.placement import paying_batch
 from prunebench.toolkit.recorder import BlockCall, record_calls, unpack
 from prunebench.toolkit.stats import SharedStatistics, Statistic
 
 Reduce = Literal["rms", "l1", "l2"]
-
-HOST_TOKENS = 1024
-"""Tokens that go through a block at a time on a host. More gain nothing there, and tensors above 32 MiB take fresh pages from
-the system each time: wanda on wiki7m takes a sixth longer with 4,096."""
 
 
 def walk(job: Job) -> Iterator[Block]:
@@ -189,10 +186,8 @@ class Stream:
 
     @property
     def batch_size(self) -> int:
-        """Sequences at a time: the job's number, on a host no more than make `HOST_TOKENS`."""
-        if self._job.placement.device.type != "cpu":
-            return self._job.batch_size
-        return max(1, min(self._job.batch_size, HOST_TOKENS // self._job.calibration.shape[1]))
+        """Sequences at a time: the job's number, or what pays."""
+        return paying_batch(self._job.batch_size, self._job.calibration.shape[1], self._job.placement.device)
 
     def chosen(self, index: int, samples: Sequence[int]) -> torch.Tensor:
         return self._job.placement.fetch(self.inputs(index)[list(samples)])

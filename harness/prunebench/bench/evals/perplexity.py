@@ -18,10 +18,14 @@ from prunebench.errors import DataError, NonFiniteError, OptionError
 from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Score, option
 from prunebench.toolkit.cache import digest_array
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, stream_file, token_stream
+from prunebench.toolkit.placement import paying_batch
 from prunebench.toolkit.texts import KNOWN, load_text
 
 MAX_LOGITS = 1 << 26
 """Float32 logits held at a time (256 MiB); windows are split into smaller batches to stay below."""
+
+_NOTHING = -100
+"""No token: a position whose prediction is not counted."""
 
 C4_ROWS, C4_WINDOWS = 1100, 256
 """The excerpt of C4's validation shard that the papers use: 1,100 texts, at most 256 windows."""
@@ -70,7 +74,7 @@ class Perplexity(Eval):
         window, count = job.conditions["window"], job.conditions["windows"]
         ids = torch.from_numpy(stream.ids[: count * window].reshape(count, window))
         vocabulary = int(job.facts.config.get_text_config().vocab_size)
-        batch = max(1, min(job.batch_size, MAX_LOGITS // (window * vocabulary)))
+        batch = max(1, min(paying_batch(job.batch_size, window, job.device), MAX_LOGITS // (window * vocabulary)))
         losses: list[float] = []
         with torch.no_grad():
             for start in range(0, count, batch):
@@ -115,6 +119,8 @@ class Perplexity(Eval):
 
 def _window_losses(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
     """Mean cross-entropy of each window's predictions, in float32 whatever the model's dtype."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return [float(loss) for loss in losses.view(len(ids), -1).mean(dim=1)]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    # The last position predicts nothing here; it is left in, because to cut it off would copy the logits.
+    wanted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NOTHING)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=_NOTHING)
+    return (losses.view_as(ids)[:, :-1].mean(dim=1)).tolist()

@@ -42,12 +42,13 @@ from prunebench_pruners.imp import Imp
 from prunebench_pruners.lora import Lora
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.perp import Perp
+from prunebench_pruners.sparsegpt import SparseGpt
 from prunebench_pruners.wanda import Wanda
 from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 FEW: dict[str, Any] = {"steps": 3, "batch": 4, "learning_rate": 0.01}
 OPTIMISED = partial(WandaPlusPlus, learning_rate=1e-2, rounds=2, ro_samples=4)
-FEW_STEPS: dict[str, dict[str, Any]] = {"lora": FEW, "perp": FEW, "imp": {"rounds": 2, "retrain": Retraining("all", **FEW)}}
+FEW_STEPS: dict[str, dict[str, Any]] = {"lora": FEW, "perp": FEW, "imp": {"rounds": 3, "retrain": Retraining("all", **FEW)}}
 """Options of those that train, whose own would take minutes a law."""
 REGISTERED = [partial(entry.cls, **FEW_STEPS.get(name, {})) for name, entry in sorted(load_registry().pruners.items())]
 
@@ -58,6 +59,8 @@ REGISTERED = [partial(entry.cls, **FEW_STEPS.get(name, {})) for name, entry in s
         partial(Magnitude, group="row"),
         partial(Lora, merge="masked", **FEW),
         partial(Gblm, norm="l2"),
+        *(partial(SparseGpt, mask=mask) for mask in ("wanda", "given")),
+        partial(SparseGpt, block_size=16, counts="reference"),
         partial(WandaPlusPlus, ro=False),
         partial(OPTIMISED, rgs=False, act_norm="mean"),
         partial(OPTIMISED, refresh_gradient=True, restart="dense"),

@@ -1,0 +1,278 @@
+"""How fast the library prunes: against the plain implementation in `baseline.py`, and against what the arithmetic must cost.
+
+    python benchmarks/speed/run.py [--repeats 5] [--threads 2] [--only sparsegpt] [--json FILE]
+
+Both prune copies of one random model, in one process, one after the other and again, so that what else the machine does falls
+on both: a ratio is taken of each pair, its median and quartiles are shown. `found/floor` is our seconds over those of the
+products that no implementation of these methods avoids, at the rate of a plain product measured here. Seconds mean something on
+a quiet machine only; the load is printed. Before any time counts, the masks are compared, so that equal work is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunebench.bench.machine import machine_slug
+from prunebench.spec import Pruner
+from prunebench.targets import NM, Target, parse_target
+from prunebench.testing import make_job
+from prunebench.toolkit.least_squares import InverseFactor, choose_groups, choose_slabs
+from prunebench.toolkit.least_squares import sweep as our_sweep
+from prunebench_pruners.sparsegpt import SparseGpt
+from prunebench_pruners.wanda import Wanda
+
+sys.path.insert(0, str(Path(__file__).parent))
+import baseline
+
+Masks = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA of random weights and its calibration set."""
+
+    layers: int = 4
+    hidden: int = 768
+    inner: int = 2048
+    heads: int = 12
+    vocabulary: int = 4096
+    samples: int = 32
+    length: int = 512
+
+    def model(self) -> LlamaForCausalLM:
+        """The model in float32; every call gives the same weights."""
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.length,
+        )
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(config).eval()
+
+    def tokens(self) -> torch.Tensor:
+        """Random ids [samples, length]."""
+        return torch.randint(self.vocabulary, (self.samples, self.length), generator=torch.Generator().manual_seed(0))
+
+    def matrices(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of the seven matrices of a block."""
+        hidden, inner = self.hidden, self.inner
+        return [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+
+    def wanda_operations(self) -> float:
+        """Floating point operations of the products: each block dense, but for the last matrix, and all but one pruned."""
+        tokens, last = self.samples * self.length, 2 * self.hidden * self.inner
+        attention = 2 * self.length * self.hidden  # scores and values, half of them behind the causal mask
+        block = attention + sum(2 * rows * columns for rows, columns in self.matrices())
+        return tokens * (self.layers * (block - last) + (self.layers - 1) * block)
+
+    def sparsegpt_operations(self) -> float:
+        """As Wanda, and Gram matrices (a half of each), their factors (Cholesky and an inverse triangle), the sweep."""
+        widths = [self.hidden] * 3 + [self.inner]
+        grams = sum(self.samples * self.length * width**2 for width in widths)
+        factors = sum(2 / 3 * width**3 for width in widths)
+        return self.wanda_operations() + self.layers * (grams + factors + self.sweep_operations())
+
+    def sweep_operations(self) -> float:
+        """Each column corrects those behind it: over a block's seven matrices."""
+        return float(sum(rows * columns**2 for rows, columns in self.matrices()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed. The two sides make the same masks, each from inputs that it may write into."""
+
+    name: str
+    aim: float
+    operations: float
+    plain: Callable[[], Callable[[], Masks]]
+    """Prepares, untimed; what it returns is timed."""
+    ours: Callable[[], Callable[[], Masks]]
+    tolerance: tuple[float, float]
+    """The share of entries that may differ in a matrix, and over all, as in `tests/test_golden.py`."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A case's seconds, pair by pair."""
+
+    case: str
+    aim: float
+    baseline_seconds: list[float]
+    our_seconds: list[float]
+    floor_seconds: float
+    differing: int
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast we were, a pair."""
+        return [plain / ours for plain, ours in zip(self.baseline_seconds, self.our_seconds, strict=True)]
+
+    def line(self) -> str:
+        """A row of the table."""
+        low, middle, high = quartiles(self.ratios)
+        plain, ours = statistics.median(self.baseline_seconds), statistics.median(self.our_seconds)
+        ratio = f"{middle:5.2f}x ({low:.2f} to {high:.2f})"
+        return (
+            f"{self.case:20} {plain:8.2f} s {ours:8.2f} s  {ratio:24} {self.aim:4.1f}x {ours / self.floor_seconds:8.1f}"
+            f" {self.differing:10}"
+        )
+
+
+HEADER = f"{'':20} {'baseline':>10} {'ours':>10}  {'ratio (quartiles)':24} {'aim':>5} {'/floor':>8} {'differing':>10}"
+
+
+def cases(shape: Shape) -> list[Case]:
+    """Wanda, SparseGPT, and SparseGPT's sweep over the matrices of one block."""
+    exact, chaotic = (1e-4, 1e-4), (1e-2, 2e-3)
+    aims = {"0.5": (2.0, exact, chaotic), "2:4": (1.3, exact, exact)}
+    found = []
+    for text, (aim, of_wanda, of_sparsegpt) in aims.items():
+        target = parse_target(text)
+        plain, ours = pruning(shape, baseline.wanda, Wanda(), target)
+        found.append(Case(f"wanda {text}", aim, shape.wanda_operations(), plain, ours, of_wanda))
+        plain, ours = pruning(shape, baseline.sparsegpt, SparseGpt(), target)
+        found.append(Case(f"sparsegpt {text}", 1.6, shape.sparsegpt_operations(), plain, ours, of_sparsegpt))
+        plain, ours = sweeping(shape, target)
+        found.append(Case(f"sweep {text}", 8.0, shape.sweep_operations(), plain, ours, of_sparsegpt))
+    return found
+
+
+def as_plain(target: Target) -> baseline.Target:
+    """A target as the baseline writes it."""
+    return (target.keep, target.of) if isinstance(target, NM) else float(str(target))
+
+
+def pruning(shape: Shape, plain: Callable[..., Masks], pruner: Pruner, target: Target) -> tuple[Any, Any]:
+    """Both sides of a whole method."""
+    model, tokens = shape.model(), shape.tokens()
+
+    def prepare_plain() -> Callable[[], Masks]:
+        own = copy.deepcopy(model)
+        return lambda: plain(own, tokens, as_plain(target))
+
+    def prepare_ours() -> Callable[[], Masks]:
+        job = make_job(pruner, copy.deepcopy(model), target, tokens=tokens, batch_size=8)
+
+        def run() -> Masks:
+            pruner.prune(job)
+            return dict(job.anatomy.masks)  # type: ignore[attr-defined]
+
+        return run
+
+    return prepare_plain, prepare_ours
+
+
+def sweeping(shape: Shape, target: Target) -> tuple[Any, Any]:
+    """Both sides of the column sweep, with factors made beforehand."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, columns, generator=generator) for rows, columns in shape.matrices()]
+    factors = {}
+    for width in {shape.hidden, shape.inner}:
+        inputs = torch.randn(2 * width, width, generator=generator) * torch.rand(width, generator=generator)
+        factors[width] = baseline.factor(inputs.t() @ inputs)
+
+    def plain() -> Masks:
+        return {str(i): baseline.sweep(w, factors[w.shape[1]], as_plain(target))[1] for i, w in enumerate(weights)}
+
+    def ours() -> Masks:
+        masks = {}
+        for i, weight in enumerate(weights):
+            upper = factors[weight.shape[1]]
+            factor = InverseFactor(upper, torch.zeros(len(upper), dtype=torch.bool))
+            choose = choose_groups(target, None) if isinstance(target, NM) else choose_slabs(target, None)
+            masks[str(i)] = our_sweep(weight, factor, choose, every=target.of if isinstance(target, NM) else 0).keep
+        return masks
+
+    return lambda: plain, lambda: ours
+
+
+def differing(case: Case, plain: Masks, ours: Masks) -> int:
+    """Entries in which the masks differ.
+
+    Raises:
+        AssertionError: too many, so that the two sides do not do the same work.
+    """
+    assert plain.keys() == ours.keys()
+    counts = {name: int((mask != ours[name]).sum()) for name, mask in plain.items()}
+    in_matrix, over_all = case.tolerance
+    for name, count in counts.items():
+        assert count <= max(4, in_matrix * plain[name].numel()), f"{case.name}: {count} entries of {name} differ"
+    assert sum(counts.values()) <= max(4, over_all * sum(mask.numel() for mask in plain.values())), case.name
+    return sum(counts.values())
+
+
+def measure(case: Case, repeats: int, rate: float) -> Found:
+    """Time both sides in turn, so many times."""
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    for repeat in range(repeats):
+        plain, plain_masks = timed(case.plain())
+        ours, our_masks = timed(case.ours())
+        if not repeat:
+            differ = differing(case, plain_masks, our_masks)
+        seconds["plain"].append(plain)
+        seconds["ours"].append(ours)
+    return Found(case.name, case.aim, seconds["plain"], seconds["ours"], case.operations / rate, differ)
+
+
+def timed(run: Callable[[], Masks]) -> tuple[float, Masks]:
+    """Seconds of the wall, and what came out."""
+    start = time.perf_counter()
+    masks = run()
+    return time.perf_counter() - start, masks
+
+
+def matrix_rate(shape: Shape, repeats: int = 20) -> float:
+    """Operations a second of the product that most of the work consists of; the best of some."""
+    inputs, weight = torch.randn(1024, shape.hidden), torch.randn(shape.inner, shape.hidden)
+    best = min(timed(lambda: {"": inputs @ weight.t()})[0] for _ in range(repeats))
+    return 2 * inputs.numel() * shape.inner / best
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Times the library against the plain implementation.")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs a case")
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--json", type=Path, help="a file for all seconds")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    shape, load = Shape(), os.getloadavg()[0]
+    rate = matrix_rate(shape)
+    print(f"{machine_slug()}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f}")
+    print(f"{rate / 1e9:.0f} GFLOP/s in a plain product of float32 matrices\n\n{HEADER}")
+    found = []
+    for case in cases(shape):
+        if arguments.only in case.name:
+            found.append(measure(case, arguments.repeats, rate))
+            print(found[-1].line(), flush=True)
+    if arguments.json:
+        about = {"shape": asdict(shape), "torch": torch.__version__, "threads": torch.get_num_threads(), "load": load}
+        arguments.json.write_text(json.dumps(about | {"rate": rate, "cases": [asdict(one) for one in found]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

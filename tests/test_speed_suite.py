@@ -75,15 +75,15 @@ def test_the_plain_sweep_without_correlations_is_magnitude_by_slabs() -> None:
 
 
 def test_operations_are_those_of_the_products() -> None:
-    """Against torch's own count, which has whole squares of attention where half is behind the mask."""
+    """Against torch's own count, which leaves out attention on a host."""
     prepared = next(case for case in run.cases(TINY) if case.name == "wanda 0.5").ours()
     with FlopCounterMode(display=False) as counter:
         prepared()
     tokens, matrices = TINY.samples * TINY.length, sum(2 * rows * columns for rows, columns in TINY.matrices())
-    masked = (2 * TINY.layers - 1) * tokens * 2 * TINY.length * TINY.hidden
-    # Not counted: one sequence to see what blocks return, and the last matrix in the first batch, here the only one.
-    first = TINY.length * (matrices + 4 * TINY.length * TINY.hidden) + TINY.layers * tokens * 2 * TINY.hidden * TINY.inner
-    assert counter.get_total_flops() == TINY.wanda_operations() + masked + first
+    attention = (2 * TINY.layers - 1) * tokens * 2 * TINY.length * TINY.hidden
+    # More than must be: one sequence to see what blocks return, and the last matrix in the first batch, here the only one.
+    first = TINY.length * matrices + TINY.layers * tokens * 2 * TINY.hidden * TINY.inner
+    assert counter.get_total_flops() == TINY.wanda_operations() - attention + first
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:

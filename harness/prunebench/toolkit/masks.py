@@ -129,8 +129,8 @@ def keep_in_groups(groups: torch.Tensor, target: NM) -> torch.Tensor:
     rank = torch.zeros(groups.shape, dtype=torch.uint8 if target.of <= 256 else torch.int32, device=groups.device)
     for later in range(1, target.of):
         smaller = groups[later] < groups[:later]
-        rank[:later] += smaller
-        rank[later] += (~smaller).sum(dim=0, dtype=rank.dtype)
+        rank[:later].add_(smaller)  # `+=` would copy the slice back onto itself
+        torch.sum(~smaller, dim=0, dtype=rank.dtype, out=rank[later])
     return rank >= target.of - target.keep
 
 

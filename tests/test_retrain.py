@@ -19,6 +19,7 @@ from prunebench.testing import make_job, random_tokens, tiny_model
 from prunebench.toolkit import Retraining
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.lowrank import LowRank
+from prunebench.toolkit.recovery import next_token_loss, shuffled
 from prunebench.toolkit.retrain import (
     CURVE_POINTS,
     Cast,
@@ -27,9 +28,7 @@ from prunebench.toolkit.retrain import (
     Scope,
     Trained,
     frozen,
-    next_token_loss,
     parts_of,
-    shuffled,
     train,
     whole_model,
 )

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +219,19 @@ def differing(case: Case, plain: Masks, ours: Masks) -> int:
     return sum(counts.values())
 
 
-def measure(case: Case, repeats: int, rate: float) -> Found:
-    """Time both sides in turn, so many times."""
+def measure(case: Case, repeats: int, rate: Callable[[], float]) -> Found:
+    """Time both sides in turn, so many times; the best rate found before any of them makes the floor."""
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    best = 0.0
     for repeat in range(repeats):
+        best = max(best, rate())
         plain, plain_masks = timed(case.plain())
         ours, our_masks = timed(case.ours())
         if not repeat:
             differ = differing(case, plain_masks, our_masks)
         seconds["plain"].append(plain)
         seconds["ours"].append(ours)
-    return Found(case.name, case.aim, seconds["plain"], seconds["ours"], case.operations / rate, differ)
+    return Found(case.name, case.aim, seconds["plain"], seconds["ours"], case.operations / best, differ)
 
 
 def timed(run: Callable[[], Masks]) -> tuple[float, Masks]:
@@ -261,9 +264,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     shape, load = Shape(), os.getloadavg()[0]
-    rate = matrix_rate(shape)
+    rate = partial(matrix_rate, shape)
     print(f"{machine_slug()}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f}")
-    print(f"{rate / 1e9:.0f} GFLOP/s in a plain product of float32 matrices\n\n{HEADER}")
+    print(f"{rate() / 1e9:.0f} GFLOP/s in a plain product of float32 matrices\n\n{HEADER}")
     found = []
     for case in cases(shape):
         if arguments.only in case.name:
@@ -271,7 +274,7 @@ def main() -> None:
             print(found[-1].line(), flush=True)
     if arguments.json:
         about = {"shape": asdict(shape), "torch": torch.__version__, "threads": torch.get_num_threads(), "load": load}
-        arguments.json.write_text(json.dumps(about | {"rate": rate, "cases": [asdict(one) for one in found]}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(about | {"cases": [asdict(one) for one in found]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import torch
 from prunebench.spec import Changes, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.toolkit.adapters import Adapter
 from prunebench.toolkit.lowrank import LowRank
-from prunebench.toolkit.recovery import merge_and_compare, report
-from prunebench.toolkit.retrain import Retraining, Scope, next_token_loss, shuffled, train, whole_model
+from prunebench.toolkit.recovery import generators, merge_and_compare, next_token_loss, report, shuffled
+from prunebench.toolkit.retrain import Retraining, Scope, train, whole_model
 from prunebench.toolkit.roles import Role, rows_with, unknown_roles
 
 
@@ -113,9 +113,9 @@ class Lora(Pruner):
     def prune(self, job: Job) -> None:
         """Train, then attach or merge."""
         settings, scope = self.settings(), whole_model(job)
-        generator = torch.Generator().manual_seed(1000 * job.seed)
-        parts = self._parts(job, scope, generator)
-        windows = shuffled(job.training, self.batch, generator, job.device)
+        for_factors, for_order = generators(job.seed)
+        parts = self._parts(job, scope, for_factors)
+        windows = shuffled(job.training, self.batch, for_order, job.device)
         trained = train(settings, scope, list(parts.values()), windows, next_token_loss(job.model), job)
         report(job, settings, trained)
         if self.steps and self.merge == "masked":

@@ -21,9 +21,7 @@ from prunebench.toolkit.retrain import (
     Retraining,
     Scope,
     Trained,
-    next_token_loss,
     parts_of,
-    shuffled,
     train,
     whole_model,
 )
@@ -45,9 +43,9 @@ def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | 
     if settings.subset == "head" and settings.steps:
         untie_head(job.model)
     scope = whole_model(job, masks)
-    generator = torch.Generator().manual_seed(1000 * job.seed + stage)
-    parts = parts_of(settings, scope, generator)
-    windows = shuffled(job.training, settings.batch, generator, job.device)
+    for_factors, for_order = generators(job.seed, stage)
+    parts = parts_of(settings, scope, for_factors)
+    windows = shuffled(job.training, settings.batch, for_order, job.device)
     trained = train(settings, scope, parts, windows, next_token_loss(job.model), job)
     if settings.steps:
         merge_and_compare(job, scope, parts)
@@ -63,12 +61,12 @@ def reconstruct(job: Job, settings: Retraining) -> None:
     Raises:
         NonFiniteError: the loss is no number.
     """
-    generator = torch.Generator().manual_seed(1000 * job.seed)
+    for_factors, _ = generators(job.seed)
     trainings, cast = [], Cast()
     for block in walk(job):
         replica, dense = block.replica(), block.replica(of=job.dense.block(block.handle))
         scope = Scope(replica.module, {matrix: replica.inner(matrix) for matrix in block.matrices}, job.masks)
-        parts = parts_of(settings, scope, generator)
+        parts = parts_of(settings, scope, for_factors)
         samples = _in_order(len(job.calibration), settings.batch)
         trainings.append(train(settings, scope, parts, samples, _block_loss(block, replica, dense), job))
         if settings.steps:
@@ -79,6 +77,32 @@ def reconstruct(job: Job, settings: Retraining) -> None:
         job.note("block_loss_of_the_first_batch", [float(f"{training.losses[0]:.4g}") for training in trainings])
         job.note("block_loss_of_the_last_batch", [float(f"{training.losses[-1]:.4g}") for training in trainings])
         job.note("changes_that_survive_the_cast", cast.share)
+
+
+def next_token_loss(model: nn.Module) -> Loss:
+    """The mean cross-entropy of the next token, in float32 whatever the model's dtype."""
+
+    def loss(piece: torch.Tensor) -> torch.Tensor:
+        logits = at_least_float32(model(input_ids=piece, use_cache=False).logits[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
+
+    return loss
+
+
+def generators(seed: int, stage: int = 0) -> tuple[torch.Generator, torch.Generator]:
+    """For the factors and for the order of the windows: two, so that every subset sees the same text in the same order."""
+    first = 1000 * seed + stage
+    return torch.Generator().manual_seed(first), torch.Generator().manual_seed(first + 500)
+
+
+def shuffled(windows: torch.Tensor, size: int, generator: torch.Generator, device: torch.device) -> Iterator[torch.Tensor]:
+    """Batches of `size` windows for ever: a new order each time all have been seen."""
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
+        yield windows[order[:size]].to(device)
+        order = order[size:]
 
 
 def report(job: Job, settings: Retraining, *trainings: Trained) -> None:
@@ -149,7 +173,7 @@ def _in_order(samples: int, size: int) -> Iterator[torch.Tensor]:
 def _block_loss(block: Block, replica: Replica, dense: Replica) -> Loss:
     def loss(piece: torch.Tensor) -> torch.Tensor:
         hidden = block.inputs(piece.tolist())
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             wanted = dense.forward(hidden.clone())
         return nn.functional.mse_loss(replica.forward(hidden), wanted)
 

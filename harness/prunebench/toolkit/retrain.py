@@ -312,26 +312,6 @@ def train(
     return Trained(count, values)
 
 
-def next_token_loss(model: nn.Module) -> Loss:
-    """The mean cross-entropy of the next token, in float32 whatever the model's dtype."""
-
-    def loss(piece: torch.Tensor) -> torch.Tensor:
-        logits = at_least_float32(model(input_ids=piece, use_cache=False).logits[:, :-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
-
-    return loss
-
-
-def shuffled(windows: torch.Tensor, size: int, generator: torch.Generator, device: torch.device) -> Iterator[torch.Tensor]:
-    """Batches of `size` windows for ever: a new order each time all have been seen."""
-    order = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(order) < size:
-            order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
-        yield windows[order[:size]].to(device)
-        order = order[size:]
-
-
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter takes gradients for the time inside; each gets its flag back."""

@@ -25,6 +25,7 @@ from prunebench.toolkit.retrain import (
     train,
     whole_model,
 )
+from prunebench.toolkit.scores import at_least_float32
 from prunebench.toolkit.walk import Block, Replica, walk
 
 

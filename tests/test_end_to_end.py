@@ -73,10 +73,10 @@ def test_the_quickstart_runs_once_and_gives_the_same_board(tmp_path: Path, call:
     arguments = ("run", "quickstart", "--only", "0.5, seed 0", "--machine", "elsewhere")
     ran = run_command(*arguments, cwd=tmp_path)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("2 runs to do.\n")
-    assert "2 ok, 0 refused, 0 failed; records in results." in ran.out
+    assert ran.out.startswith("4 runs to do.\n")
+    assert "4 ok, 0 refused, 0 failed; records in results." in ran.out
     found = records(tmp_path)
-    assert found.keys() == {"random", "wanda"}
+    assert found.keys() == {"random", "wanda", "gblm", "sparsegpt"}
     for record in found.values():
         assert (record.status, record.machine, record.provenance.executor) == ("ok", "elsewhere", "subprocess")
         assert record.audit is not None
@@ -88,17 +88,18 @@ def test_the_quickstart_runs_once_and_gives_the_same_board(tmp_path: Path, call:
     half = found["wanda"].scores["perplexity"].value
     assert 60 < half < 130
     assert found["random"].scores["perplexity"].value > 2 * half
+    assert found["sparsegpt"].scores["perplexity"].value < half
     assert {path.name for path in tmp_path.iterdir()} == {"results"}
 
     before, started = tree(tmp_path), time.monotonic()
-    assert run_command(*arguments, cwd=tmp_path) == Ran(0, "0 runs to do; 2 found done.\n", "")
+    assert run_command(*arguments, cwd=tmp_path) == Ran(0, "0 runs to do; 4 found done.\n", "")
     assert time.monotonic() - started < 60, "it has loaded no model and started no process"
     assert tree(tmp_path) == before
 
     ran = call(tmp_path, *arguments[:-1], "another", "--dry-run")
-    assert ran.out.endswith("2 to do, 0 done; nothing was run.\n")
+    assert ran.out.endswith("4 to do, 0 done; nothing was run.\n")
     ran = call(tmp_path, *arguments, "--dry-run")
-    assert ran.out.endswith("0 to do, 2 done; nothing was run.\n")
+    assert ran.out.endswith("0 to do, 4 done; nothing was run.\n")
 
     assert call(tmp_path, "report", "--out", "one.md").code == 0
     assert call(tmp_path, "report", "--out", "two.md").code == 0

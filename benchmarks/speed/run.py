@@ -106,8 +106,8 @@ class Case:
     """Prepares, untimed; what it returns is timed."""
     ours: Callable[[], Callable[[], Masks]]
     tolerance: tuple[float, float]
-    """The share of entries that may differ in a matrix of the first block, as in `tests/test_golden.py`, and over all. What later
-    blocks read has changed by then, and random weights spread it: two entries of the first block became 2,840 of the last."""
+    """The share of entries that may differ in a matrix of the first block, as in `tests/test_golden.py`, and over all. What
+    later blocks read has changed by then, and random weights spread it: two entries became 2,840 of the last matrix."""
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,12 @@ def test_a_method_may_have_a_calibration_text_of_its_own(folder: Path) -> None:
     assert [r.spec.id for r in again] == [r.spec.id for r in requests]
 
 
+def test_a_method_may_have_seeds_of_its_own(folder: Path) -> None:
+    own = edited('targets = ["2:4"]', 'targets = ["2:4"]\nseeds = [3, 1]')
+    assert planned(folder, own)[2:] == ["wanda + random 2:4 3", "wanda + random 2:4 1"]
+    assert "at least 1" in complaint(folder, edited('targets = ["2:4"]', 'targets = ["2:4"]\nseeds = []'))
+
+
 def test_a_model_that_is_read_back_is_measured_under_other_conditions(folder: Path) -> None:
     ids = []
     for content in (GOOD, edited('dtype = "float32"', 'dtype = "float32"\nreload = true')):

@@ -71,6 +71,7 @@ class Method:
     pruners: list[Pruner]
     specs: tuple[StepSpec, ...]
     targets: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
     calibration: Calibration | None = None
     tuned: str | None = None
 
@@ -138,7 +139,7 @@ class Planner:
 
     def _method(self, entry: MethodEntry) -> Method:
         method = build_method(entry.steps, self.registry)
-        method.targets, method.tuned = entry.targets, entry.tuned
+        method.targets, method.seeds, method.tuned = entry.targets, entry.seeds, entry.tuned
         method.calibration = entry.calibration or self.suite.calibration
         name = " + ".join(spec.text for spec in method.specs)
         wanted = ((_CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
@@ -168,7 +169,7 @@ class Planner:
         found = []
         for method in methods:
             for target in [Dense()] if method.is_dense else [targets[t] for t in method.targets or self.suite.grid.targets]:
-                for seed in self.suite.grid.seeds if method.is_seeded else (None,):
+                for seed in (method.seeds or self.suite.grid.seeds) if method.is_seeded else (None,):
                     tokens = self._run_tokens(method, identity, seed or 0)
                     spec = run_spec(model, method, target, seed, tokens, conditions)
                     request = self._request(spec, source, tokens, evals)

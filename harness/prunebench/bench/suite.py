@@ -13,6 +13,8 @@ from prunebench.errors import RequestError, UnknownNameError
 
 MAX_SUITE_BYTES = 1 << 20
 
+Seed = Annotated[int, Field(ge=0)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -74,10 +76,11 @@ class Validation(_Section):
 
 
 class MethodEntry(_Section):
-    """A method: its steps, and its targets and calibration text where they differ from the suite's."""
+    """A method: its steps, and its targets, seeds and calibration text where they differ from the suite's."""
 
     steps: Annotated[tuple[str, ...], Field(min_length=1)]
     targets: tuple[str, ...] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     calibration: Calibration | None = None
     tuned: str | None = None
     """The suite by whose records, on validation text, options were chosen."""
@@ -93,7 +96,7 @@ class Grid(_Section):
     """What every method is run at."""
 
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
 
 
 class Limits(_Section):

@@ -17,8 +17,11 @@ from prunebench.results import leaderboard
 from prunebench.results.board import Board
 from prunebench.results.records import RunRecord
 
-WIDE = 116
+WIDE = 128
 """Columns that a board needs to be shown whole."""
+
+METHOD_WIDTH = 24
+"""What a method's longest option needs."""
 
 
 def print_listing(listing: Mapping[str, Any], console: Console) -> None:
@@ -51,7 +54,9 @@ def print_board(board: Board, console: Console) -> None:
             shown = _columns_that_fit(headings, console)
             grid = Table(box=SIMPLE, title=escape(leaderboard.table_title(table)), title_justify="left", title_style="bold")
             for index in shown:
-                grid.add_column(headings[index], justify="right" if index else "left", no_wrap=True)
+                # Numbers stay whole; a method with its options is broken where the terminal is narrow.
+                grid.add_column(headings[index], justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
+            grid.columns[0].min_width = METHOD_WIDTH
             for row in table.rows:
                 cells = leaderboard.cells(table, row)
                 grid.add_row(*(escape(cells[index]) for index in shown), style="dim" if row.method == "dense" else "")
@@ -113,9 +118,12 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
 
 
 def _columns_that_fit(headings: list[str], console: Console) -> list[int]:
-    """All columns, or on a narrow terminal those that matter most."""
-    left_out = () if console.width >= WIDE else ("peak MiB", "of all %", "coverage %")
-    return [index for index, heading in enumerate(headings) if heading not in left_out]
+    """All columns, or on a narrow terminal those that matter most; numbers are as wide as their headings, or nearly."""
+    shown = list(headings)
+    for heading in ("coverage %", "of all %", "peak MiB", "extra"):
+        if METHOD_WIDTH + sum(len(name) + 4 for name in shown[1:]) > console.width and heading in shown:
+            shown.remove(heading)
+    return [headings.index(heading) for heading in shown]
 
 
 def _memory(count: int | None, where: str) -> str:

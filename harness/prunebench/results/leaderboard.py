@@ -27,7 +27,7 @@ def columns(section: Section, table: Table) -> list[str]:
         "method",
         section.unit,
         "vs dense",
-        *(["vs control", "extra parameters"] if table.training else []),
+        *(["vs control", "extra"] if table.training else []),
         "seeds",
         "prune s",
         "peak MiB",
@@ -41,8 +41,9 @@ def cells(table: Table, row: Row) -> list[str]:
     """A row's texts, one a heading."""
     spread = "" if row.spread is None else f" ± {number(row.spread)}"
     mark = "*" if row.shared_machine else ""
+    method = row.method.replace(",", ", ")  # so that a narrow column can break it; steps are read with the spaces too
     return [
-        f"{row.method} (tuned)" if row.tuned else row.method,
+        f"{method} (tuned)" if row.tuned else method,
         f"{number(row.mean)}{spread}",
         _percent(row.change),
         *([_percent(row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
@@ -107,7 +108,7 @@ Budgets of training are in the options (`steps`, `batch`) and far below the pape
 
 `sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
 same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method
-pruned, `extra parameters` what it added. `prune s` is the whole pruning without loading and evaluation, with the original cost
+pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original cost
 of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*` marks
 costs measured while other processes took cores that the run needed."""
 

@@ -100,6 +100,7 @@ def traps(here: Path, bench: Bench) -> None:
 PRUNE = "prune tiny --out out --samples 4 --length 16 --calibration calibration.txt"
 TOKENS = "prune tiny --out out --step wanda --target 0.5 --calibration-tokens"
 WANDA = "prune tiny --out out --step wanda --target 0.5"
+PERP = "prune tiny --out out --step magnitude --step perp --target 0.5"
 
 WRONG = {
     "unknown pruner": (
@@ -149,6 +150,11 @@ WRONG = {
     "no tokens": (f"{TOKENS} broken-numbers.npy", "broken-numbers.npy must hold integers, and holds float64."),
     "flat tokens": (f"{TOKENS} flat.npy", "flat.npy must hold [samples, length] token ids, and its shape is [16]."),
     "long tokens": (f"{TOKENS} long.npy", "calibration sequences of 65 tokens are longer than the model's context of 64."),
+    "long training": (
+        f"{PERP} --training long.npy",
+        "training sequences of 65 tokens are longer than the model's context of 64.",
+    ),
+    "no training": (PERP, "needs training text, and the suite has no [training] (`prune` takes --training)."),
     "pickled tokens": (f"{TOKENS} pickle.npy", "pickle.npy cannot be read as a numpy array"),
     "text for tokens": (f"{TOKENS} text.npy", "text.npy cannot be read as a numpy array"),
     "missing tokens": (f"{TOKENS} missing.npy", "the file missing.npy does not exist"),

@@ -289,6 +289,7 @@ WRONG = {
     "empty targets": (edited('["0.5", "4:8"]', "[]"), "at grid.targets: list should have at least 1 item"),
     "negative seed": (edited("[0, 7]", "[0, -1]"), "at grid.seeds.1: input should be greater than or equal to 0"),
     "no seeds": (edited("[0, 7]", "[]"), "at grid.seeds: list should have at least 1 item"),
+    "seed beyond all generators": (edited("[0, 7]", "[4294967296]"), "at grid.seeds.0: input should be less than or equal to"),
     "word for a seed": (edited("[0, 7]", '["first"]'), "at grid.seeds.0: input should be a valid integer"),
     "one seed": (edited("[0, 7]", "7"), "at grid.seeds: input should be a valid list"),
     "threads": (edited("threads = 2", "threads = 0"), "at limits.threads: input should be greater than or equal to 1"),

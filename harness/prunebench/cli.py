@@ -189,7 +189,7 @@ def prune(
     length: Annotated[
         int | None, typer.Option("--length", min=2, help="Tokens a sequence (default: the context, up to 2048).")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="For sampling, and for methods that draw random numbers.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="For sampling, and for methods that draw.")] = 0,
     training: Annotated[str | None, typer.Option("--training", help="Training text, for steps that train.")] = None,
     training_tokens: Annotated[int, typer.Option("--training-tokens", min=1, help="Tokens of training text.")] = 409_600,
     revision: Annotated[str | None, typer.Option("--revision", help="The commit of a Hub model.")] = None,

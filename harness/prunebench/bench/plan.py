@@ -145,7 +145,9 @@ class Planner:
         wanted = ((_CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
         for need, section, found in wanted:
             if method.needs & need and found is None:
-                raise RequestError(f"the method {name} needs {section} text, and the suite has no [{section}].")
+                raise RequestError(
+                    f"the method {name} needs {section} text, and the suite has no [{section}] (`prune` takes --{section})."
+                )
         return method
 
     def _of_model(
@@ -183,6 +185,7 @@ class Planner:
             calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
             training = self._packed(identity, self.suite.training.source, "train", length, self.suite.training.tokens)
+            self._check_context(identity, training.array.shape[1], "training")
             if calibration and calibration.source.content == training.source.content:
                 raise RequestError(
                     f"calibration and training text are both {training.source.name} ({training.source.split}); they may share "
@@ -194,20 +197,20 @@ class Planner:
 
     def _calibration(self, asked: Calibration, identity: ModelIdentity, seed: int) -> Tokens:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
-        self._check_context(identity, 0 if is_file else asked.length)
+        self._check_context(identity, 0 if is_file else asked.length, "calibration")
         key = ("calibration", identity.tokenizer_hash, str(seed), asked.model_dump_json())
         if key not in self._tokens:
             vocabulary = identity.vocabulary()
             self._tokens[key] = calibration_tokens(
                 asked.source, vocabulary, asked.samples, asked.length, seed, self.suite.folder
             )
-        self._check_context(identity, self._tokens[key].array.shape[1])
+        self._check_context(identity, self._tokens[key].array.shape[1], "calibration")
         return self._tokens[key]
 
-    def _check_context(self, identity: ModelIdentity, length: int) -> None:
+    def _check_context(self, identity: ModelIdentity, length: int, kind: str) -> None:
         context = getattr(identity.config.get_text_config(), "max_position_embeddings", length)
         if length > context:
-            raise DataError(f"calibration sequences of {length} tokens are longer than the model's context of {context}.")
+            raise DataError(f"{kind} sequences of {length} tokens are longer than the model's context of {context}.")
 
     def _packed(self, identity: ModelIdentity, source: str, split: str, length: int, tokens: int | None) -> Tokens:
         key = ("packed", identity.tokenizer_hash, source, split)

@@ -13,7 +13,10 @@ from prunebench.errors import RequestError, UnknownNameError
 
 MAX_SUITE_BYTES = 1 << 20
 
-Seed = Annotated[int, Field(ge=0)]
+MAX_SEED = 2**32 - 1
+"""What every generator of random numbers takes, also where a method makes several seeds of one."""
+
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class _Section(BaseModel):

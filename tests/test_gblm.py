@@ -11,6 +11,8 @@ import torch
 from support import make_job, masks_of, tiny, tokens_of
 from test_gradients import plain_gradients
 
+from prunebench.errors import OptionError
+from prunebench.options import build, parse_step
 from prunebench.spec import Job
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import gradient_scores, loss_gradients, wanda_scores
@@ -93,6 +95,12 @@ def test_masks_are_those_of_the_slow_formula(family: str, target: Target, norm: 
     wanda = make_job(tiny(family, torch.float64), tokens, target=target)
     Wanda().prune(wanda)
     assert differing(masks_of(wanda), slow) > 0, "the gradients must have been seen to count"
+
+
+def test_options_that_mean_nothing() -> None:
+    for options in ("alpha=-1", "norm=l3"):
+        with pytest.raises(OptionError, match=r"must not be negative|is l1 \| l2"):
+            build(Gblm, parse_step(f"gblm[{options}]"))
 
 
 def test_without_weight_on_the_gradients_it_is_wanda() -> None:

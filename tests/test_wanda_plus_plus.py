@@ -372,8 +372,8 @@ def test_the_noted_errors_are_those_of_the_block() -> None:
     [
         ("wanda++[rounds=0]", "at least 1"),
         ("wanda++[ro_samples=0]", "at least 1"),
-        ("wanda++[alpha=-1]", "at least 0"),
-        ("wanda++[learning_rate=-1e-5]", "at least 0"),
+        ("wanda++[alpha=-1]", "must not be negative"),
+        ("wanda++[learning_rate=-1e-5]", "must not be negative"),
         ("wanda++[restart=one]", "zero | dense"),
     ],
 )

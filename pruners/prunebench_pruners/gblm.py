@@ -32,6 +32,11 @@ class Gblm(Pruner):
     )
     alpha: float = option(100.0, "how much the gradients count beside the input norms; 0 is wanda")
 
+    def __post_init__(self) -> None:
+        """Decline numbers that mean nothing."""
+        if self.alpha < 0:
+            raise ValueError("alpha must not be negative.")
+
     def needs(self) -> Needs:
         """Weights, calibration text and gradients of the loss on it."""
         return Needs.WEIGHTS | Needs.CALIBRATION | Needs.GRADIENTS

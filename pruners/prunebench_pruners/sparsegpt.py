@@ -47,9 +47,14 @@ class SparseGpt(Pruner):
     block_size: int = option(128, "columns of a slab: what is compared, and whose errors the rest takes up at once")
     damping: float = option(0.01, "added to the diagonal of the Gram matrix, as a share of its mean")
     mask: Literal["own", "wanda", "given"] = option("own", "whose mask: its own, Wanda's, or that of earlier steps")
-    counts: Literal["exact", "reference"] = option(
-        "exact", "mask=own: exact counts, or the threshold rule of the authors' code"
-    )
+    counts: Literal["exact", "reference"] = option("exact", "mask=own: exact counts, or the authors' threshold rule")
+
+    def __post_init__(self) -> None:
+        """Decline numbers that mean nothing, and a rule that would never be asked."""
+        if self.block_size < 1 or not 0 < self.damping <= 1:
+            raise ValueError("block_size must be at least 1, and damping above 0 and at most 1.")
+        if self.mask != "own" and self.counts != "exact":
+            raise ValueError(f"counts={self.counts} is a rule for mask=own, and mask is {self.mask}.")
 
     def needs(self) -> Needs:
         """Weights and calibration text."""
@@ -64,11 +69,7 @@ class SparseGpt(Pruner):
         return f"columns:{self.block_size}" if self.mask == "own" else "row"
 
     def refuses(self, facts: JobFacts) -> str | None:
-        """Options out of range, slabs that cut groups, a mask that nobody gives."""
-        if self.block_size < 1 or not 0 < self.damping <= 1:
-            return f"block_size is {self.block_size} and damping {self.damping:g}; they are at least 1, and above 0 up to 1."
-        if self.mask != "own" and self.counts != "exact":
-            return f"counts={self.counts} is a rule for mask=own, and mask is {self.mask}."
+        """Slabs that cut groups, a mask that nobody gives."""
         if self.mask == "own" and isinstance(facts.target, NM) and self.block_size % facts.target.of:
             return f"a block_size of {self.block_size} is not a multiple of {facts.target.of}: slabs would cut groups."
         if self.mask == "given" and not facts.earlier:
@@ -95,8 +96,8 @@ class SparseGpt(Pruner):
             choose, every = self._choose(job, matrix, norms[matrix])
             swept = sweep(matrix.weight, factor, choose, self.block_size, every)
             keep = choose.exact if isinstance(choose, ThresholdRule) else swept.keep
-            findings.extra("threshold rule", int((keep & ~swept.keep).sum()))
-            findings.extra("dead inputs", int((swept.keep & factor.dead).sum()))
+            findings.extra_zeros["threshold rule"] += int((keep & ~swept.keep).sum())
+            findings.extra_zeros["dead inputs"] += int((swept.keep & factor.dead).sum())
             matrix.write(swept.weight, keep)
             losses.append(swept.loss)
         findings.losses.append(float(torch.stack(losses).sum()))
@@ -130,21 +131,18 @@ class _Findings:
     def __init__(self) -> None:
         self.losses: list[float] = []
         """`sum((w - q)²/U_jj²)/2` a block."""
-        self._extra: Counter[str] = Counter()
+        self.extra_zeros: Counter[str] = Counter()
+        """Entries that the mask keeps and that became zero, by reason."""
         self._retries: defaultdict[str, list[float]] = defaultdict(list)
 
     def retried(self, name: str, damping: float) -> None:
         """A Gram matrix, named by the first matrix that reads these inputs, needed so much damping."""
         self._retries[name].append(damping)
 
-    def extra(self, why: str, count: int) -> None:
-        """So many entries that the mask keeps became zero."""
-        self._extra[why] += count
-
     def note(self, job: Job) -> None:
         """Tell the record."""
         job.note("losses of the blocks", self.losses)
-        if +self._extra:
-            job.note("extra_zeros", dict(+self._extra))
+        if +self.extra_zeros:
+            job.note("extra_zeros", dict(+self.extra_zeros))
         if self._retries:
             job.note("damping tried again", dict(self._retries))

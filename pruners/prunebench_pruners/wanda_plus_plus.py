@@ -26,7 +26,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prunebench.errors import OptionError
 from prunebench.spec import Changes, Job, Matrix, Needs, Pruner, option
 from prunebench.toolkit import Block, InputNorm, Replica, gradient_scores, keep_mask, walk, wanda_scores
 from prunebench.toolkit.regional import Findings, Student
@@ -54,8 +53,9 @@ class WandaPlusPlus(Pruner):
     restart: Literal["zero", "dense"] = option("zero", "RO: what a removed weight trains on from: zero, or its hidden value")
 
     def __post_init__(self) -> None:
+        """Decline numbers that mean nothing."""
         if min(self.rounds, self.ro_samples) < 1 or min(self.alpha, self.learning_rate) < 0:
-            raise OptionError("wanda++: rounds and ro_samples are at least 1, alpha and learning_rate at least 0.")
+            raise ValueError("rounds and ro_samples must be at least 1, alpha and learning_rate must not be negative.")
 
     @property
     def trains(self) -> bool:

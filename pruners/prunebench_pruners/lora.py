@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -51,12 +51,7 @@ class _Beside(_OfRows):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Let the module's output gain `s B(A x)` for the time inside."""
-        adapter = Adapter("", self.down, self.up, self.scale)
-
-        def add(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return (output + adapter.added(args[0])).to(output.dtype)
-
-        handle = self.module.register_forward_hook(add)
+        handle = Adapter("", self.down, self.up, self.scale).hook(self.module)
         try:
             yield
         finally:

@@ -34,6 +34,12 @@ class Perp(Retraining, Pruner):
 
     mode: Literal["retrain", "reconstruct"] = option("retrain", "the model on training text, or block by block")
 
+    def __post_init__(self) -> None:
+        """Decline numbers that mean nothing, and a subset that the mode cannot reach."""
+        super().__post_init__()
+        if self.mode == "reconstruct" and self.subset == "head":
+            raise ValueError("the head is in no block, so subset=head cannot be trained by mode=reconstruct.")
+
     def needs(self) -> Needs:
         """Training text, or calibration text to reconstruct."""
         return Needs.WEIGHTS | Needs.SEED | (Needs.TRAINING if self.mode == "retrain" else Needs.CALIBRATION)
@@ -44,8 +50,6 @@ class Perp(Retraining, Pruner):
 
     def refuses(self, facts: JobFacts) -> str | None:
         """A subset that the model does not have."""
-        if self.mode == "reconstruct" and self.subset == "head":
-            return "the head is in no block, so subset=head cannot be trained by mode=reconstruct."
         return self.misfit(facts)
 
     def prune(self, job: Job) -> None:

@@ -31,6 +31,14 @@ class Adapter:
         self.down, self.up = self.down.to(inputs.device), self.up.to(inputs.device)
         return nn.functional.linear(nn.functional.linear(inputs.to(self.down.dtype), self.down), self.up) * self.scale
 
+    def hook(self, module: nn.Module) -> RemovableHandle:
+        """Let a module's output gain it until the handle is removed; added before rounding to the output's dtype."""
+
+        def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            return (output + self.added(args[0])).to(output.dtype)
+
+        return module.register_forward_hook(add)
+
 
 class Adapters:
     """The adapters attached to a model, in the order they came."""
@@ -49,11 +57,7 @@ class Adapters:
             factors = f"{list(up.shape)} times {list(down.shape)}"
             raise ContractError(f"{matrix.name} is {list(matrix.shape)}, and an adapter of {factors} does not fit.")
         adapter = Adapter(matrix.name, down.detach().clone(), up.detach().clone(), scale)
-
-        def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            return (output + adapter.added(args[0])).to(output.dtype)
-
-        self._attached.append((adapter, matrix.module.register_forward_hook(add)))
+        self._attached.append((adapter, adapter.hook(matrix.module)))
 
     @property
     def parameters(self) -> int:

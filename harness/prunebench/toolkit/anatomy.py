@@ -122,6 +122,11 @@ class DecoderBlock:
         self.name, self.module, self.matrices = name, module, matrices
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class: there is no other mark that all families share."""
+    return "norm" in type(module).__name__.lower()
+
+
 class ModelAnatomy:
     """The decoder blocks of a model, with the masks laid over their matrices and the adapters attached so far."""
 

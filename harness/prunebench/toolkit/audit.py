@@ -15,7 +15,7 @@ import torch
 from prunebench.errors import AuditError, ContractError, NonFiniteError
 from prunebench.spec import Changes
 from prunebench.targets import NM, Dense, Target, Unstructured
-from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy
+from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy, is_norm
 from prunebench.toolkit.dense import DenseWeights
 
 EXTRA_ZEROS = 0.001
@@ -268,7 +268,7 @@ def _kind_of(name: str, anatomy: ModelAnatomy) -> Changes:
     kind = Changes.NOTHING
     if leaf == "bias":
         kind |= Changes.BIASES
-    if "norm" in type(module).__name__.lower():
+    if is_norm(module):
         kind |= Changes.NORMS
     if head is not None and module is head:
         kind |= Changes.HEAD

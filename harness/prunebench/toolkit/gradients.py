@@ -99,7 +99,7 @@ def _through_block(
         finally:
             placement.release(handle.module)
         weights = [replica.parameter(matrix) for matrix in handle.matrices]
-        totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        totals = [torch.zeros_like(weight) for weight in weights]
         for sample in range(len(inputs)):
             rows = slice(sample, sample + 1)
             hidden = placement.fetch(inputs[rows]).to(stream.work_dtype()).requires_grad_()

@@ -39,6 +39,7 @@ def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | 
         stage: tells the random numbers of several trainings in one job apart.
 
     Raises:
+        RunError: the model has nothing of the subset.
         NonFiniteError: the loss is no number.
     """
     if settings.subset == "head" and settings.steps:
@@ -60,6 +61,7 @@ def reconstruct(job: Job, settings: Retraining) -> None:
     taken in order, over and over. The block is worked on in float32 and cast back.
 
     Raises:
+        RunError: a block has nothing of the subset.
         NonFiniteError: the loss is no number.
     """
     for_factors, _ = generators(job.seed)

@@ -18,6 +18,7 @@ from torch import nn
 
 from prunebench.errors import NonFiniteError, RunError
 from prunebench.spec import Changes, Job, JobFacts, Matrix, option
+from prunebench.toolkit.anatomy import is_norm
 from prunebench.toolkit.lowrank import Kind, LowRank
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import at_least_float32
@@ -59,7 +60,8 @@ class Retraining:
     def __post_init__(self) -> None:
         """Decline numbers that mean nothing."""
         if self.steps < 0 or self.batch < 1 or self.rank < 1:
-            raise ValueError("steps must not be negative, batch and rank must be at least 1.")
+            given = f"steps is {self.steps}, batch {self.batch} and rank {self.rank}"
+            raise ValueError(f"{given}; steps must not be negative, batch and rank must be at least 1.")
         if self.learning_rate is not None and self.learning_rate < 0:
             raise ValueError("learning_rate must not be negative.")
 
@@ -229,12 +231,11 @@ def _owned(settings: Retraining, scope: Scope) -> tuple[list[nn.Parameter], dict
     masks: dict[int, torch.Tensor] = {}
     everything = settings.subset == "all"
     for module in scope.root.modules():
-        is_norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             wanted = (
                 ("biases" in settings.subset or everything)
                 if name == "bias"
-                else is_norm and ("norms" in settings.subset or everything)
+                else is_norm(module) and ("norms" in settings.subset or everything)
             )
             if wanted and module is not scope.head:
                 owned[id(parameter)] = parameter

@@ -154,7 +154,7 @@ def test_an_empty_list_is_an_empty_value() -> None:
         ("method[rounds=1+2]", "rounds", "int", "'1+2'"),
         ("method[fast=maybe]", "fast", "bool", "'maybe'"),
         ("method[compare=column]", "compare", "row | matrix", "'column'"),
-        ("method[limit=x]", "limit", "int | None", "'x'"),
+        ("method[limit=x]", "limit", "int | none", "'x'"),
         ("method[subset=norms+tail]", "subset", "norms | biases | head, joined by +", "'norms+tail'"),
         ("method[seeds=1+x]", "seeds", "int, joined by +", "'1+x'"),
         ("method[shares=0.5+inf]", "shares", "float, joined by +", "'0.5+inf'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -197,4 +198,8 @@ def _type_name(kind: Any) -> str:
         return f"{_type_name(typing.get_args(kind)[0])}, joined by +"
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(str(value) for value in typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(kind)))
+    if kind is type(None):
+        return "none"  # as it is written in a step
     return str(getattr(kind, "__name__", kind))

@@ -59,7 +59,7 @@ class Outcome:
     crowded: bool = False
     """Other processes were at work on the cores that a step needed."""
     extra_parameters: int = 0
-    """What the steps added: adapters, an untied head."""
+    """What the model has in the end beside the parameters it came with: an untied head, and all adapters, loaded ones too."""
 
 
 def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:

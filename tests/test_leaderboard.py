@@ -226,6 +226,12 @@ def test_retrained_rows_have_tables_of_their_own_under_their_control() -> None:
     assert [row["vs control"] for row in list(tables(text))[1]] == ["", "", "+50.0%", "", ""]
 
 
+def test_a_retrained_dense_model_alone_has_a_row() -> None:
+    trained = Recipe(training=C4_TEXT, training_tokens=4096)
+    [section] = board(make_record(make_spec("perp", "dense", recipe=trained), 40.0)).sections
+    assert [[row.method for row in table.rows] for table in section.tables] == [["perp"]]
+
+
 # What a row says
 
 

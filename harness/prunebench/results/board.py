@@ -187,7 +187,7 @@ def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
             e.record.spec.method: [o.score.value for o in top if o.record.spec.method == e.record.spec.method] for e in top
         }
         mine = [e for e in entries if _training(e) == training and e.record.spec.target != DENSE]
-        for target in sorted({e.record.spec.target for e in mine}, key=_target_order) or ([DENSE] if not training else []):
+        for target in sorted({e.record.spec.target for e in mine}, key=_target_order) or [DENSE]:
             at_target = [e for e in mine if e.record.spec.target == target]
             rows = sorted(
                 _rows(at_target, baseline, controls), key=lambda row: (row.mean if lower_first else -row.mean, row.method)

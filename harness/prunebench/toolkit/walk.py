@@ -190,14 +190,17 @@ class Stream:
         return paying_batch(self._job.batch_size, self._job.calibration.shape[1], self._job.placement.device)
 
     def chosen(self, index: int, samples: Sequence[int]) -> torch.Tensor:
+        """A block's inputs for some of the calibration sequences, on the device."""
         return self._job.placement.fetch(self.inputs(index)[list(samples)])
 
     def batches(self, index: int) -> Iterator[torch.Tensor]:
+        """A block's inputs for all of them, in order, on the device."""
         hidden = self.inputs(index)
         for rows in _slices(hidden.shape[0], self.batch_size):
             yield self._job.placement.fetch(hidden[rows])
 
     def call(self, index: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a block, or a copy of it, makes of a hidden state, with the arguments that the model gives the block."""
         if not self._calls:
             self.inputs(index)
         with evaluating(module):
@@ -210,6 +213,7 @@ class Stream:
             self.propagate(index)
 
     def close(self) -> None:
+        """Let go of everything; nothing can be asked for afterwards."""
         self._hidden, self._calls, self._at = None, [], len(self._job.anatomy.blocks)
 
     def outputs(self) -> torch.Tensor:
@@ -228,7 +232,12 @@ class Stream:
         return torch.float64 if self._job.model.dtype == torch.float64 else torch.float32
 
     def inputs(self, index: int) -> torch.Tensor:
-        """The hidden states that enter a block, brought up to it if need be."""
+        """The hidden states that enter a block, where activations rest, brought up to it if need be.
+
+        Raises:
+            Refused: the model's blocks cannot be run one by one.
+            ContractError: the block was left, or the walk closed.
+        """
         if self._hidden is None and self._at:
             raise ContractError("a walk that was closed cannot be asked for data.")
         if self._at > index:

@@ -52,7 +52,11 @@ class Artefacts:
         )
 
     def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        """Tensors kept by an earlier run, on the host; made now, and kept, where there are none."""
+        """Tensors kept by an earlier run, on the host; made now, and kept, where there are none.
+
+        Raises:
+            RequestError: the setting of how much may be kept is not a number of GiB.
+        """
         if not self._first or name in self._asked:
             return make()
         self._asked.add(name)
@@ -64,10 +68,11 @@ class Artefacts:
             self.reused.append(name)
             self._earlier.include(cost)
             return tensors
+        limit = _limit()  # a wrong setting is found before the work, not after it
         with lap() as seconds:
             tensors = make()
         with uncounted():
-            _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)))
+            _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
         return tensors
 
     def settle(self, cost: Cost) -> None:
@@ -84,19 +89,18 @@ def _load(key: str) -> tuple[Tensors, Cost] | None:
     return {name.removeprefix(_TENSOR): torch.from_numpy(array) for name, array in (arrays or {}).items()}, cost
 
 
-def _save(key: str, tensors: Tensors, cost: Cost) -> None:
+def _save(key: str, tensors: Tensors, cost: Cost, limit: int) -> None:
     try:
         arrays = {_TENSOR + name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
     except TypeError:  # bfloat16, which NumPy does not know
         return
     arrays[_COST] = np.frombuffer(json.dumps(asdict(cost)).encode(), dtype=np.uint8)
-    if _make_room(sum(array.nbytes for array in arrays.values())):
+    if _make_room(sum(array.nbytes for array in arrays.values()), limit):
         save_arrays(KIND, key, arrays)
 
 
-def _make_room(size: int) -> bool:
-    """Remove the oldest artefacts until one of `size` bytes fits in; False where it never would."""
-    limit = _limit()
+def _make_room(size: int, limit: int) -> bool:
+    """Remove the oldest artefacts until one of `size` bytes fits into `limit`; False where it never would."""
     if size > limit:
         return False
     files = []

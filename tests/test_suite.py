@@ -361,6 +361,16 @@ UNPLANNABLE = {
         RequestError,
         "calibration and training text are both training.txt",
     ),
+    "one text for calibration and evaluation": (
+        edited('"calibration.txt"', '"evaluation.txt"'),
+        RequestError,
+        "evaluation and calibration text are both evaluation.txt",
+    ),
+    "training on the text of evaluation": (
+        edited('["wanda", "random"]', '["wanda", "perp"]').replace('"training.txt"', '"evaluation.txt"'),
+        RequestError,
+        "evaluation and training text are both evaluation.txt",
+    ),
     "no model": (edited('"tiny"', '"huge"'), ModelError, "there is no model 'huge'"),
     "no calibration file": (edited("calibration.txt", "missing.txt"), DataError, "the file missing.txt does not exist"),
     "no evaluation file": (edited("data=evaluation.txt", "data=missing.txt"), DataError, "the file missing.txt does not exist"),

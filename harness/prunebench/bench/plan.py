@@ -173,6 +173,7 @@ class Planner:
             for target in [Dense()] if method.is_dense else [targets[t] for t in method.targets or self.suite.grid.targets]:
                 for seed in (method.seeds or self.suite.grid.seeds) if method.is_seeded else (None,):
                     tokens = self._run_tokens(method, identity, seed or 0)
+                    _check_texts(tokens, conditions)
                     spec = run_spec(model, method, target, seed, tokens, conditions)
                     request = self._request(spec, source, tokens, evals)
                     found.append(replace(request, reload=entry.reload, tuned=method.tuned))
@@ -186,11 +187,6 @@ class Planner:
         if method.needs & Needs.TRAINING and self.suite.training:
             training = self._packed(identity, self.suite.training.source, "train", length, self.suite.training.tokens)
             self._check_context(identity, training.array.shape[1], "training")
-            if calibration and calibration.source.content == training.source.content:
-                raise RequestError(
-                    f"calibration and training text are both {training.source.name} ({training.source.split}); they may share "
-                    "no document."
-                )
             if self.suite.validation:
                 validation = self._packed(identity, self.suite.validation.source, "validation", length, None)
         return RunTokens(calibration, training, validation)
@@ -234,6 +230,22 @@ class Planner:
             batch_size=limits.batch_size,
             timeout=limits.timeout,
         )
+
+
+def _check_texts(tokens: RunTokens, evals: tuple[EvalSpec, ...]) -> None:
+    """Texts that serve two purposes make numbers that mean nothing.
+
+    Raises:
+        RequestError: calibration and training, or one of them and an evaluation, are the same text.
+    """
+    seen = {spec.conditions.get("content"): "evaluation" for spec in evals}
+    for purpose, found in (("calibration", tokens.calibration), ("training", tokens.training)):
+        if found is not None:
+            content, source = found.source.content, found.source
+            if content in seen:
+                where = f"{source.name} ({source.split})" if source.split else source.name
+                raise RequestError(f"{seen[content]} and {purpose} text are both {where}; they may share no document.")
+            seen[content] = purpose
 
 
 def pick_device(asked: str | None) -> str:

@@ -104,7 +104,7 @@ difference within the spread over seeds, or one that a few windows of text could
 Options that differ from a method's defaults are written out; `(tuned)` says that they were chosen on validation text, by the
 records of a suite that are kept too. What was retrained on text has tables of its own: on top the dense model, and the dense
 model after the very same training as a control, since training alone helps a model too; `vs control` compares with that.
-Budgets of training are in the options (`steps`, `batch`) and far below the papers'.
+Budgets of training are in the options (`steps`, `batch`), in the suites that ship for small machines far below the papers'.
 
 `sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
 same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method

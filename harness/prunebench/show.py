@@ -51,14 +51,14 @@ def print_board(board: Board, console: Console) -> None:
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
         for table in section.tables:
             headings = leaderboard.columns(section, table)
-            shown = _columns_that_fit(headings, console)
+            texts = [leaderboard.cells(table, row) for row in table.rows]
+            shown = _columns_that_fit(headings, texts, console)
             grid = Table(box=SIMPLE, title=escape(leaderboard.table_title(table)), title_justify="left", title_style="bold")
             for index in shown:
                 # Numbers stay whole; a method with its options is broken where the terminal is narrow.
                 grid.add_column(headings[index], justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
             grid.columns[0].min_width = METHOD_WIDTH
-            for row in table.rows:
-                cells = leaderboard.cells(table, row)
+            for row, cells in zip(table.rows, texts, strict=True):
                 grid.add_row(*(escape(cells[index]) for index in shown), style="dim" if row.method == "dense" else "")
             console.print(grid)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
@@ -117,13 +117,14 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     console.print(facts)
 
 
-def _columns_that_fit(headings: list[str], console: Console) -> list[int]:
-    """All columns, or on a narrow terminal those that matter most; numbers are as wide as their headings, or nearly."""
-    shown = list(headings)
-    for heading in ("coverage %", "of all %", "peak MiB", "extra"):
-        if METHOD_WIDTH + sum(len(name) + 4 for name in shown[1:]) > console.width and heading in shown:
-            shown.remove(heading)
-    return [headings.index(heading) for heading in shown]
+def _columns_that_fit(headings: list[str], rows: list[list[str]], console: Console) -> list[int]:
+    """All columns, or on a narrow terminal those that matter most."""
+    widths = [max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True)]
+    shown = list(range(len(headings)))
+    for heading in ("coverage %", "of all %", "peak MiB", "extra", "sparsity %"):
+        if METHOD_WIDTH + sum(widths[index] for index in shown[1:]) > console.width - 4 and heading in headings:
+            shown.remove(headings.index(heading))
+    return shown
 
 
 def _memory(count: int | None, where: str) -> str:

@@ -13,7 +13,7 @@ leaderboard: $(STAMP)
 	$(BIN)/prunebench report --only evaluation.txt --picture results/board.svg >/dev/null
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not soak"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak"
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m soak

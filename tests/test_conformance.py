@@ -48,7 +48,12 @@ from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 FEW: dict[str, Any] = {"steps": 3, "batch": 4, "learning_rate": 0.01}
 OPTIMISED = partial(WandaPlusPlus, learning_rate=1e-2, rounds=2, ro_samples=4)
-FEW_STEPS: dict[str, dict[str, Any]] = {"lora": FEW, "perp": FEW, "imp": {"rounds": 3, "retrain": Retraining("all", **FEW)}}
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    "lora": FEW,
+    "perp": FEW,
+    "imp": {"rounds": 3, "retrain": Retraining("all", **FEW)},
+    "wanda++": OPTIMISED.keywords,
+}
 """Options of those that train, whose own would take minutes a law."""
 REGISTERED = [partial(entry.cls, **FEW_STEPS.get(name, {})) for name, entry in sorted(load_registry().pruners.items())]
 

@@ -97,7 +97,10 @@ def check_masks_and_perplexity(name: str, method: str, job: Job) -> None:
     for matrix, count in different.items():
         assert count <= max(4, wanted[matrix].numel() // 10_000), matrix
     assert sum(different.values()) <= 1e-4 * sum(mask.numel() for mask in wanted.values())
-    assert perplexity(job.model, name) == pytest.approx(golden_perplexity(name, f"{method}-{job.target.slug}"), rel=2e-3)
+    if (
+        any(different.values()) or name == "stories260K" or job.target == NM(2, 4)
+    ):  # equal masks of equal weights: once is enough
+        assert perplexity(job.model, name) == pytest.approx(golden_perplexity(name, f"{method}-{job.target.slug}"), rel=2e-3)
 
 
 @EVERY_CASE
@@ -115,6 +118,10 @@ def test_gblm(name: str, target: str, norm: Literal["l1", "l2"]) -> None:
     job.artefact = lambda _name, _make: golden_gradients(name, norm)
     Gblm(norm=norm).prune(job)
     check_masks_and_perplexity(name, f"gblm-{norm}-float32", job)
+
+
+FREELY = [("0.5", "exact"), ("0.5", "reference"), ("0.6", "exact"), ("0.6", "reference"), ("2:4", "exact"), ("4:8", "exact")]
+"""How unstructured targets are counted makes no difference to N:M."""
 
 
 class AsTheAuthorsChose(SparseGpt):
@@ -152,8 +159,13 @@ def test_sparsegpt(name: str, target: str) -> None:
     assert perplexity(job.model, name) == pytest.approx(golden_perplexity(name, f"sparsegpt-{job.target.slug}"), rel=2e-3)
 
 
-@EVERY_CASE
-@pytest.mark.parametrize("counts", ["exact", "reference"])
+@pytest.mark.parametrize(
+    ("name", "target", "counts"),
+    [
+        *(("stories260K", *case) for case in FREELY if case[0] != "4:8"),
+        *(pytest.param("wiki7m", *case, marks=pytest.mark.slow) for case in FREELY if case[0] != "0.6"),
+    ],
+)
 def test_sparsegpt_runs_freely(name: str, target: str, counts: Literal["exact", "reference"]) -> None:
     """On stories260K the authors' masks and N:M come out entry by entry; wiki7m is long enough for a last bit to grow."""
     job = golden_job(name, target)

@@ -17,10 +17,10 @@ from prunebench.results import leaderboard
 from prunebench.results.board import Board
 from prunebench.results.records import RunRecord
 
-WIDE = 128
+WIDE = 132
 """Columns that a board needs to be shown whole."""
 
-METHOD_WIDTH = 24
+METHOD_WIDTH = 28
 """What a method's longest option needs."""
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from prunebench.spec import Job, Matrix
+from prunebench.spec import Job
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.lowrank import LowRank
 from prunebench.toolkit.phases import phase
@@ -186,11 +186,10 @@ def _block_loss(block: Block, replica: Replica, dense: Replica) -> Loss:
 def _store(block: Block, replica: Replica, scope: Scope, cast: Cast) -> None:
     """Bring a trained replica's numbers into the block; what was not trained comes back as it was, bit for bit."""
     with phase("update"), torch.no_grad():
-        written: list[Matrix] = block.matrices
-        mine = {id(matrix.module.weight) for matrix in written}
-        for (_, own), (_, copied) in zip(block.module.named_parameters(), replica.module.named_parameters(), strict=True):
+        matrices = {id(matrix.module.weight) for matrix in block.matrices}
+        for own, copied in zip(block.module.parameters(), replica.module.parameters(), strict=True):
             cast.count(copied, own)
-            if id(own) not in mine:
+            if id(own) not in matrices:
                 own.copy_(copied)
-        for matrix in written:
+        for matrix in block.matrices:
             matrix.write(replica.weight(matrix), scope.mask(matrix))

@@ -45,6 +45,7 @@ def measure(
         device=torch.device("cpu"),
         batch_size=batch_size,
         progress=progress,
+        dense=lambda: model,
     )
     return evaluation.measure(job)
 

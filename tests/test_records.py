@@ -392,7 +392,7 @@ def test_the_json_schema_refuses_other_files() -> None:
         return data
 
     wrong = [
-        changed(lambda data: data.update(schema=2)),
+        changed(lambda data: data.update(schema=1)),
         changed(lambda data: data.update(status="done")),
         changed(lambda data: data.update(surprise=1)),
         changed(lambda data: data.update(checksum=1)),
@@ -401,7 +401,7 @@ def test_the_json_schema_refuses_other_files() -> None:
         changed(lambda data: data["spec"].update(seed="0")),
         changed(lambda data: data["steps"][0]["phases"].update(other="1")),
         changed(lambda data: data["audit"]["matrices"][0].update(shape=[8])),
-        changed(lambda data: data["scores"]["eval0"].update(value=None)),
+        changed(lambda data: data["scores"]["eval0"].update(value="61")),
     ]
     assert [fits(data, schema, schema) for data in wrong] == [False] * len(wrong)
 

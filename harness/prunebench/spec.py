@@ -47,6 +47,7 @@ __all__ = [
     "Placement",
     "Progress",
     "Pruner",
+    "Sample",
     "Score",
     "hookimpl",
     "hookspec",
@@ -246,17 +247,41 @@ class EvalJob:
     device: torch.device
     batch_size: int
     progress: Progress
+    dense: Callable[[], PreTrainedModel]
+    """The model as it was before the first step, on `device` and in the run's dtype; loaded when first asked for."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How a value is made of its items, so that two models can be compared item by item."""
+
+    column: str
+    """The column of items that is averaged."""
+    exponential: bool = False
+    """The value is the exponential of the mean, as perplexity is."""
+    documents: str | None = None
+    """The column that says which items belong together and are drawn together; without it neighbours are."""
+    strata: str | None = None
+    """The column of subjects or phenomena that every sample of items has in equal shares. Items are questions then, each of
+    which could have been another."""
+    tasks: str | None = None
+    """The column of tasks that count equally, whatever their number of items."""
 
 
 @dataclass(frozen=True)
 class Score:
     """What an evaluation found."""
 
-    value: float
+    value: float | None
+    """None where no one number stands for the whole: a set of tasks of which one is missing has no mean."""
     unit: str
     higher_is_better: bool
     items: Mapping[str, Sequence[float | int | str]] = field(default_factory=dict)
     """Raw answers as columns of equal length, e.g. a negative log-likelihood and a document for each segment."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers that a table shows beside the value, e.g. each task's accuracy."""
+    sample: Sample | None = None
+    """How the value is made of the items; without it no rank rests on them."""
 
 
 @dataclass

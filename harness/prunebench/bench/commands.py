@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.bench import runner
+from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import check_output, save_pruned
 from prunebench.bench.machine import default_dtype, machine_slug
 from prunebench.bench.plan import Planner, RunRequest, eval_specs, pick_device
@@ -128,11 +129,12 @@ def evaluate_model(
         threads=0,
         batch_size=batch_size,
     )
-    outcome, loaded = runner.Outcome(), load_model(source, dtype)
+    loaded = load_model(source, dtype)
     if adapter_files(source.folder):
         load_adapters(find_anatomy(loaded), source.folder)
-    runner.evaluate(request, loaded, lambda *_: None, outcome)
-    return outcome.scores
+    scores: dict[str, ScoreRecord] = {}
+    evaluate(request, loaded, lambda *_: None, scores)
+    return scores
 
 
 def _prune_request(options: PruneOptions) -> RunRequest:

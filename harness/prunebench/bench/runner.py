@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import tempfile
 import time
@@ -17,9 +16,10 @@ from transformers import PreTrainedModel
 
 from prunebench.bench import machine
 from prunebench.bench.artefacts import Artefacts
+from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import write_model
 from prunebench.bench.measure import Cost, measured
-from prunebench.bench.plan import RunRequest, eval_facts
+from prunebench.bench.plan import RunRequest
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import Registry, load_registry
@@ -33,13 +33,13 @@ from prunebench.results.records import (
     ScoreRecord,
     StepRecord,
 )
-from prunebench.spec import Changes, EvalJob, Job, JsonDict, Needs, Progress, Pruner
+from prunebench.spec import Changes, Job, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import Target, parse_target
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
 from prunebench.toolkit.dense import DenseWeights
-from prunebench.toolkit.loading import identify, load_model
+from prunebench.toolkit.loading import load_model
 from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.walk import evaluating
@@ -70,7 +70,7 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
             model = prune(request, progress, outcome)
             if request.reload:
                 model = reloaded(request, model, outcome)
-            evaluate(request, model, progress, outcome)
+            evaluate(request, model, progress, outcome.scores)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
     except KeyboardInterrupt:
@@ -158,41 +158,6 @@ def take_step(pruner: Pruner, job: Job, notes: JsonDict) -> Cost:
     return cost
 
 
-def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, outcome: Outcome) -> None:
-    """Run every evaluation of the spec on the pruned model."""
-    device = torch.device(request.device)
-    model.to(device)  # type: ignore[arg-type]
-    registry = load_registry()
-    facts = eval_facts(identify(request.model), Path(request.folder))
-    names = score_names([spec.text for spec in request.spec.evals])
-    for name, text, spec in zip(names, request.eval_texts, request.spec.evals, strict=True):
-        evaluation = registry.eval(parse_step(text))
-        progress(f"eval {text}", 0, 1)
-        started = time.perf_counter()
-        changed: list[str] = []
-        with guarded(changed), evaluating(model):
-            score = evaluation.measure(
-                EvalJob(
-                    model=model,
-                    facts=facts,
-                    conditions=spec.conditions,
-                    device=device,
-                    batch_size=request.batch_size,
-                    progress=progress,
-                )
-            )
-        if not math.isfinite(score.value):
-            raise NonFiniteError(f"the evaluation {name} found {score.value}, which is no number.")
-        outcome.scores[name] = ScoreRecord(
-            value=score.value,
-            unit=score.unit,
-            higher_is_better=score.higher_is_better,
-            seconds=round(time.perf_counter() - started, 3),
-            conditions=spec.conditions,
-            items={name: list(column) for name, column in score.items.items()},
-        )
-
-
 def make_record(
     request: RunRequest,
     outcome: Outcome,
@@ -245,14 +210,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def score_names(texts: list[str]) -> list[str]:
-    """What scores are called in a record: the evaluation's name, with its options where several share the name, and a number
-    where those are spelt alike too (two files of one name in different folders)."""
-    names = [parse_step(text).name for text in texts]
-    told = [name if names.count(name) == 1 else text for text, name in zip(texts, names, strict=True)]
-    return [f"{name} ({told[:i].count(name) + 1})" if told.count(name) > 1 else name for i, name in enumerate(told)]
 
 
 def _job(

@@ -8,6 +8,7 @@ one row. Rows are sorted by value and carry no ranks: an order of means is not e
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -177,14 +178,14 @@ def _latest(entries: list[_Entry]) -> list[_Entry]:
 
 def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
     dense = [e for e in entries if e.record.spec.target == DENSE]
-    baseline = next((e.score.value for e in dense if e.record.spec.method == DENSE), None)
+    baseline = next((_value(e) for e in dense if e.record.spec.method == DENSE), None)
     trainings: dict[str, Recipe | None] = {_training(e): e.record.spec.recipe if _training(e) else None for e in entries}
     lower_first = not entries[0].score.higher_is_better
     tables = []
     for training in sorted(trainings):
         top = [e for e in dense if e.record.spec.method == DENSE or _training(e) == training]
         controls = {
-            e.record.spec.method: [o.score.value for o in top if o.record.spec.method == e.record.spec.method] for e in top
+            e.record.spec.method: [_value(o) for o in top if o.record.spec.method == e.record.spec.method] for e in top
         }
         mine = [e for e in entries if _training(e) == training and e.record.spec.target != DENSE]
         for target in sorted({e.record.spec.target for e in mine}, key=_target_order) or [DENSE]:
@@ -206,6 +207,10 @@ def _section(entries: list[_Entry], recipe: Recipe | None) -> Section:
     )
 
 
+def _value(entry: _Entry) -> float:
+    return math.nan if entry.score.value is None else entry.score.value
+
+
 def _training(entry: _Entry) -> str:
     """The fingerprint of the text that a run was trained on; empty where it was not."""
     recipe = entry.record.spec.recipe
@@ -224,7 +229,7 @@ def _rows(entries: list[_Entry], baseline: float | None, controls: Mapping[str, 
 
 def _row(method: str, entries: list[_Entry], baseline: float | None, controls: Mapping[str, list[float]]) -> Row:
     entries = sorted(entries, key=lambda e: -1 if e.record.spec.seed is None else e.record.spec.seed)
-    values = tuple(e.score.value for e in entries)
+    values = tuple(_value(e) for e in entries)
     audits = [e.record.audit for e in entries if e.record.audit is not None]
     peaks = [e.record.peak_bytes for e in entries if e.record.peak_bytes is not None]
     is_baseline = method == DENSE and entries[0].record.spec.target == DENSE

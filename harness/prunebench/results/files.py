@@ -21,13 +21,13 @@ def write_text(path: Path, text: str) -> None:
         raise StoreError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def write_aside(folder: Path, text: str) -> Path:
+def write_aside(folder: Path, content: str | bytes) -> Path:
     """Write a durable file under a passing name in `folder`, to be moved or linked into place; made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile("wb", dir=folder, suffix=".tmp", delete=False) as file:
         path = Path(file.name)
         try:
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
             path.chmod(0o644)

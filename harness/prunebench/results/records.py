@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-SCHEMA = 1
+SCHEMA = 2
 """The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""
 
 Status = Literal["ok", "refused", "failed"]
@@ -149,15 +149,29 @@ class AuditRecord(_Frozen):
     matrices: list[MatrixAudit]
 
 
+class SampleRecord(_Frozen):
+    """How a value is made of its items: `prunebench.spec.Sample`."""
+
+    column: str
+    exponential: bool = False
+    documents: str | None = None
+    strata: str | None = None
+    tasks: str | None = None
+
+
 class ScoreRecord(_Frozen):
     """One evaluation's value with its conditions and raw answers."""
 
-    value: float
+    value: float | None = Field(description="None where no one number stands for the whole")
     unit: str
     higher_is_better: bool
     seconds: float
     conditions: dict[str, JsonValue]
-    items: dict[str, list[float | int | str]]
+    parts: dict[str, float] = Field(default_factory=dict, description="further numbers, e.g. each task's accuracy")
+    sample: SampleRecord | None = Field(default=None, description="how the value is made of the items")
+    items: dict[str, list[float | int | str]] = Field(description="columns of equal length; empty where `items_file` has them")
+    items_file: str | None = Field(default=None, description="the file beside the record that keeps the items, as Parquet")
+    items_hash: str | None = Field(default=None, description="SHA-256 of that file")
 
 
 class Provenance(_Frozen):
@@ -198,7 +212,7 @@ def _with_checksum(schema: dict[str, Any]) -> None:
 class RunRecord(_Frozen):
     """One run and what came out."""
 
-    schema_: Literal[1] = Field(default=1, alias="schema")
+    schema_: Literal[2] = Field(default=2, alias="schema")
     id: str
     machine: str
     spec: RunSpec
@@ -232,6 +246,19 @@ class RunRecord(_Frozen):
         data = self.model_dump(mode="json", by_alias=True)
         data["checksum"] = checksum(data)
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """A record's data in the present schema; the file stays as it is.
+
+    Schema 1 did not say how a value is made of its items; there was perplexity only.
+    """
+    if data["schema"] == 1:
+        data = {**data, "schema": 2}
+        for score in data.get("scores", {}).values():
+            if score["conditions"].get("eval") == "perplexity":
+                score["sample"] = {"column": "nll", "exponential": True, "documents": "document"}
+    return data
 
 
 def canonical_json(data: Any) -> str:

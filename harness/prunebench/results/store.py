@@ -2,7 +2,7 @@
 
 Writing is aside, fsync, rename; nothing is ever overwritten: a run repeated with `--again`, or retried after a failure, is
 written beside the earlier record (`….2.json`), and the latest counts. A truncated, foreign or newer file is skipped with a
-warning that names it.
+warning that names it. Raw answers by the thousand are kept beside the record (`items.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from prunebench.errors import StoreError
 from prunebench.results.files import write_aside
-from prunebench.results.records import SCHEMA, RunRecord, checksum, slug
+from prunebench.results.items import apart, read_items
+from prunebench.results.records import SCHEMA, RunRecord, ScoreRecord, checksum, slug, upgraded
 
 MAX_RECORD_BYTES = 64 << 20
 """A larger file is no record."""
@@ -94,6 +95,9 @@ class ResultStore:
         """
         folder = self.folder / slug(record.machine) / slug(record.spec.model.name)
         try:
+            record, files = apart(record)
+            for name, content in files.items():
+                write_aside(folder, content).replace(folder / name)  # named by its content, so that nothing is lost
             written = write_aside(folder, record.to_json())
             try:
                 return self._settle(written, folder, record.spec.file_stem)
@@ -101,6 +105,14 @@ class ResultStore:
                 written.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"the record {record.id} cannot be written to {folder}: {error.strerror}.") from error
+
+    def items(self, record: RunRecord, score: ScoreRecord) -> dict[str, list[float | int | str]]:
+        """A score's raw answers as columns, from the record or from the file beside it.
+
+        Raises:
+            StoreError: the file is missing, or not the one the record was written with.
+        """
+        return read_items(self.folder / slug(record.machine) / slug(record.spec.model.name), score)
 
     @contextmanager
     def claim(self, machine: str, run_id: str, wait: bool) -> Iterator[bool]:
@@ -145,7 +157,7 @@ class ResultStore:
                 raise ValueError(f"its schema {data['schema']!r} is newer than {SCHEMA}; update prunebench to read it")
             if data.pop("checksum", None) != checksum(data):
                 raise ValueError("its checksum does not match, so it was cut short or changed")
-            record = RunRecord.model_validate(data)
+            record = RunRecord.model_validate(upgraded(data))
             if record.id != record.spec.id:
                 raise ValueError("its id does not belong to its spec")
             return record

@@ -8,6 +8,7 @@ puts one, at the start of the text.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from prunebench.errors import DataError, NonFiniteError, OptionError
-from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Score, option
+from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Sample, Score, option
 from prunebench.toolkit.cache import digest_array
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, stream_file, token_stream
 from prunebench.toolkit.placement import paying_batch
@@ -88,7 +89,8 @@ class Perplexity(Eval):
         if mean > 700:
             raise NonFiniteError(f"the mean negative log-likelihood is {mean:.1f}, whose exponential is not finite.")
         documents = [int(document) for document in stream.documents[: count * window : window]]
-        return Score(math.exp(mean), "perplexity", False, {"nll": [round(x, 6) for x in losses], "document": documents})
+        items: dict[str, Sequence[float | int | str]] = {"nll": [round(x, 6) for x in losses], "document": documents}
+        return Score(math.exp(mean), "perplexity", False, items, sample=Sample("nll", exponential=True, documents="document"))
 
     def _stream(self, facts: EvalFacts) -> tuple[Stream, str]:
         folder = Path(facts.folder)

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
@@ -41,8 +41,6 @@ Printed = Annotated[StrictInt | StrictStr, Field(union_mode="left_to_right")]
 Cells = list[Printed]
 Shared = dict[str, Printed | Cells]
 """What all cells of a table have, or a list of one value a column."""
-
-T = TypeVar("T")
 
 
 class _Strict(BaseModel):
@@ -248,12 +246,12 @@ def _score(source: str, file: _File, table: _Table, row: _Row, column: int, note
     notes = {i: note.text for i, note in enumerate(table.notes) if _answers(note, said)}
     noted.update(notes)
     printed = str(row.values[column])
-    conditions = {key: _at(value, column) for key, value in table.conditions.items()}
+    conditions = _at(table.conditions, len(table.columns), column)
     if "data" in conditions:
         if conditions["data"] not in WHOLE:
             raise ValueError(f"there is no data set {conditions['data']!r}; known: {', '.join(WHOLE)}")
         conditions |= WHOLE[str(conditions["data"])]
-    recipe = {} if said["method"] in DATA_FREE else {key: _at(value, column) for key, value in table.recipe.items()}
+    recipe = {} if said["method"] in DATA_FREE else _at(table.recipe, len(table.columns), column)
     return PublishedScore(
         value=_number(printed),
         printed=printed,
@@ -281,8 +279,18 @@ def _answers(note: _Note, said: dict[str, Any]) -> bool:
     return all(said[key] == value for key, value in note.model_dump(exclude={"text"}, exclude_none=True).items())
 
 
-def _at(value: T | list[T], column: int) -> T:
-    return value[column] if isinstance(value, list) else value
+def _at(shared: Shared, columns: int, column: int) -> dict[str, Printed]:
+    """What holds for one column; an empty text is nothing stated.
+
+    Raises:
+        ValueError: a list is not as long as the columns.
+    """
+    found = {}
+    for key, value in shared.items():
+        if isinstance(value, list) and len(value) != columns:
+            raise ValueError(f"{key} has {len(value)} values for {columns} columns")
+        found[key] = value[column] if isinstance(value, list) else value
+    return {key: value for key, value in found.items() if value != ""}
 
 
 def _number(printed: str) -> float:

@@ -105,7 +105,7 @@ def matched(placed: Iterable[Beside]) -> list[Beside]:
 
 
 def counts(placed: Sequence[Beside]) -> str:
-    """`published numbers: 666; reproduced 1, off 0, not run 430, not comparable 193, copies 42`."""
+    """`published numbers: 666; reproduced 1, off 0, not run 438, not comparable 185, copies 42`."""
     found = Counter(one.status for one in placed)
     named: tuple[tuple[Status, str], ...] = (
         ("reproduced", "reproduced"),

@@ -15,7 +15,7 @@ import torch
 from support import Letters, tiny
 from transformers import LlamaConfig, PreTrainedModel
 
-from prunebench.bench.evals import perplexity as perplexity_module
+from prunebench.bench.evals import windows as windows_module
 from prunebench.bench.evals.perplexity import Perplexity
 from prunebench.bench.plan import eval_facts
 from prunebench.errors import DataError, NonFiniteError, OptionError
@@ -168,7 +168,7 @@ def test_the_batch_size_does_not_matter(tmp_path: Path, batch_size: int) -> None
 def test_batches_are_smaller_where_logits_would_be_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = write_text(tmp_path)
     for most, expected in ((10**9, [8, 8, 4]), (3 * 10 * LETTERS, [3] * 6 + [2]), (1, [1] * 20)):
-        monkeypatch.setattr(perplexity_module, "MAX_LOGITS", most)
+        monkeypatch.setattr(windows_module, "MAX_LOGITS", most)
         oracle = Oracle(indifferent)
         measure(oracle, facts_of(tmp_path), batch_size=8, data=name, window=10)
         assert oracle.batches == expected

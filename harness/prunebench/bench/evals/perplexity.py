@@ -1,8 +1,6 @@
 """Perplexity over non-overlapping windows, as in the papers (`methods.md` 1.5).
 
-The text is joined and tokenized once and cut into windows; what is left over is dropped. Each window's mean cross-entropy over
-its `window - 1` predictions counts equally; the value is the exponential of their mean. A BOS stands only where the tokenizer
-puts one, at the start of the text.
+Each window's mean cross-entropy over its `window - 1` predictions counts equally; the value is the exponential of their mean.
 """
 
 from __future__ import annotations
@@ -10,113 +8,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from prunebench.errors import DataError, NonFiniteError, OptionError
-from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Sample, Score, option
-from prunebench.toolkit.cache import digest_array
-from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, stream_file, token_stream
-from prunebench.toolkit.placement import paying_batch
-from prunebench.toolkit.texts import KNOWN, load_text
-
-MAX_LOGITS = 1 << 26
-"""Float32 logits held at a time (256 MiB); windows are split into smaller batches to stay below."""
+from prunebench.bench.evals.windows import WindowEval
+from prunebench.errors import NonFiniteError
+from prunebench.spec import EvalJob, Sample, Score
 
 _NOTHING = -100
 """No token: a position whose prediction is not counted."""
 
-C4_ROWS, C4_WINDOWS = 1100, 256
-"""The excerpt of C4's validation shard that the papers use: 1,100 texts, at most 256 windows."""
-
 
 @dataclass
-class Perplexity(Eval):
+class Perplexity(WindowEval):
     """Perplexity of a causal language model on a text."""
 
     name: ClassVar[str] = "perplexity"
     revision: ClassVar[int] = 1
 
-    data: str = option("wikitext2", "wikitext2, c4, OWNER/NAME[/CONFIG][:SPLIT], FILE.txt or FILE.npy")
-    window: int = option(0, "tokens a window; 0 is the file's, or the model's context, at most 2048")
-    windows: int = option(0, "use only so many windows from the start; 0 is all")
-
-    def __post_init__(self) -> None:
-        if self.window < 0 or self.window == 1:
-            raise OptionError(f"perplexity: a window is at least 2 tokens (0 is the model's context), not {self.window}.")
-        if self.windows < 0:
-            raise OptionError(f"perplexity: the number of windows cannot be {self.windows}.")
-
-    def conditions(self, facts: EvalFacts) -> JsonDict:
-        """Data set, split, content, window, joining."""
-        stream, joining = self._stream(facts)
-        window = self._window(facts, stream)
-        windows = self._count(stream, window)
-        return {
-            "data": stream.source.name,
-            "config": stream.source.config,
-            "split": stream.source.split,
-            "origin": stream.source.origin,
-            "content": stream.source.content,
-            "complete": stream.source.complete,
-            "joining": joining,
-            "bos": "as the tokenizer adds it, in the first window only",
-            "tokens": len(stream.ids),
-            "token_hash": digest_array(stream.ids[: windows * window]),
-            "window": window,
-            "windows": windows,
-        }
-
     def measure(self, job: EvalJob) -> Score:
         """Negative log-likelihood of every window, with the document its first token is in."""
-        stream, _ = self._stream(job.facts)
-        window, count = job.conditions["window"], job.conditions["windows"]
-        ids = torch.from_numpy(stream.ids[: count * window].reshape(count, window))
-        vocabulary = int(job.facts.config.get_text_config().vocab_size)
-        batch = max(1, min(paying_batch(job.batch_size, window, job.device), MAX_LOGITS // (window * vocabulary)))
         losses: list[float] = []
         with torch.no_grad():
-            for start in range(0, count, batch):
-                job.progress("window", start, count)
-                losses += _window_losses(job.model, ids[start : start + batch].to(job.device))
-        job.progress("window", count, count)
-        mean = math.fsum(losses) / count
+            for ids in self.batches(job):
+                losses += _window_losses(job.model, ids)
+        mean = math.fsum(losses) / len(losses)
         if not math.isfinite(mean):
             bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-            raise NonFiniteError(f"the likelihood of {len(bad)} of {count} windows is not finite, first of window {bad[0]}.")
+            raise NonFiniteError(
+                f"the likelihood of {len(bad)} of {len(losses)} windows is not finite, first of window {bad[0]}."
+            )
         if mean > 700:
             raise NonFiniteError(f"the mean negative log-likelihood is {mean:.1f}, whose exponential is not finite.")
-        documents = [int(document) for document in stream.documents[: count * window : window]]
-        items: dict[str, Sequence[float | int | str]] = {"nll": [round(x, 6) for x in losses], "document": documents}
+        items: dict[str, Sequence[float | int | str]] = {
+            "nll": [round(x, 6) for x in losses],
+            "document": self.documents(job),
+        }
         return Score(math.exp(mean), "perplexity", False, items, sample=Sample("nll", exponential=True, documents="document"))
-
-    def _stream(self, facts: EvalFacts) -> tuple[Stream, str]:
-        folder = Path(facts.folder)
-        vocabulary = Vocabulary(facts.tokenizer, facts.tokenizer_hash, int(facts.config.get_text_config().vocab_size))
-        if self.data.endswith(".npy"):
-            return stream_file(self.data, vocabulary, folder), "none: tokens"
-        is_c4 = self.data.partition(":")[0] in ("c4", KNOWN["c4"].repo, f"{KNOWN['c4'].repo}/{KNOWN['c4'].config}")
-        text = load_text(self.data, "validation" if is_c4 else "test", folder)
-        return token_stream(text, vocabulary, C4_ROWS if is_c4 else None), repr(text.joining)
-
-    def _window(self, facts: EvalFacts, stream: Stream) -> int:
-        context = int(getattr(facts.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
-        if stream.window and self.window not in (0, stream.window):
-            raise DataError(f"perplexity: {self.data} holds windows of {stream.window} tokens, and window is {self.window}.")
-        window = self.window or stream.window or min(context, DEFAULT_LENGTH)
-        if not 2 <= window <= context:
-            bound = f"longer than the model's context of {context}" if window > context else "too short to predict anything"
-            raise DataError(f"perplexity: a window of {window} is {bound}.")
-        return window
-
-    def _count(self, stream: Stream, window: int) -> int:
-        there = len(stream.ids) // window
-        if not there:
-            raise DataError(f"perplexity: {self.data} has {len(stream.ids)} tokens, fewer than one window of {window}.")
-        is_c4 = stream.source.name == KNOWN["c4"].repo
-        return min(x for x in (there, self.windows or there, C4_WINDOWS if is_c4 else there) if x)
 
 
 def _window_losses(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:

@@ -255,11 +255,15 @@ def eval_command(
 
     scores = evaluate_model(model, evals or ["perplexity"], revision, dtype, device, batch_size, tuple(allow or ()))
     if as_json:
-        plain = {name: score.model_dump(mode="json", exclude={"items"}) for name, score in scores.items()}
+        kept = {"items", "items_file", "items_hash"}
+        plain = {name: score.model_dump(mode="json", exclude=kept) for name, score in scores.items()}
         typer.echo(json.dumps({"scores": plain}, indent=1))
         return
     for name, score in scores.items():
-        _out.print(f"{escape(name)}: {score.value:.6g}  ({score.seconds:.1f} s)")
+        shown = "no mean" if score.value is None else f"{score.value:.6g}"
+        _out.print(f"{escape(name)}: {shown}  ({score.seconds:.1f} s)")
+        for part, value in score.parts.items():
+            _out.print(f"  {escape(part)}: {value:.4g}")
         _out.print("  " + escape(", ".join(f"{key}={value}" for key, value in score.conditions.items())), style="dim")
 
 

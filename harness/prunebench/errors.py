@@ -31,14 +31,20 @@ class RequestError(PrunebenchError):
     """The request is wrong; nothing was started."""
 
 
+MANY = 100
+"""Names that nobody wants to read in a message."""
+
+
 class UnknownNameError(RequestError):
     """A name that nothing answers to."""
 
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-        """Say what was asked, the nearest known name, and all of them."""
+        """Say what was asked, the nearest known name, and all of them where they are few."""
         names = sorted(known)
         listing = f" Known: {', '.join(names)}." if names else " There are none."
+        if len(names) > MANY:
+            listing = f" Near ones: {', '.join(difflib.get_close_matches(name, names, n=8)) or 'none'}."
         return cls(f"there is no {kind} {name!r}{did_you_mean(name, names)}{listing}")
 
 

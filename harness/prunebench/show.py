@@ -106,7 +106,7 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
         fact("extra zeros", str(audit.extra_zeros))
         fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
     for name, score in record.scores.items():
-        fact(name, f"{score.value:.6g} ({score.seconds:.1f} s)")
+        fact(name, f"{leaderboard.number(score.value)} ({score.seconds:.1f} s)")
         fact("  conditions", ", ".join(f"{key}={value}" for key, value in score.conditions.items()))
     made = record.provenance
     fact("made by", made.command)

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from prunebench.bench.plan import RunRequest
+from prunebench.results.leaderboard import number
 from prunebench.results.records import RunRecord, RunSpec
 
 _MARKS = {"ok": "[green]ok[/]", "refused": "[yellow]refused[/]", "failed": "[red]failed[/]"}
@@ -78,7 +79,7 @@ class SweepDisplay:
             self._live = None
 
     def _line(self, record: RunRecord, seconds: float) -> str:
-        found = ", ".join(f"{name} {score.value:.2f}" for name, score in record.scores.items())
+        found = ", ".join(f"{name} {number(score.value)}" for name, score in record.scores.items())
         detail = found or record.reason or ""
         text = f"{_MARKS[record.status]} {escape(run_label(record.spec))}: {escape(detail)}  ({seconds:.1f} s)"
         return text if self._live else f"{text}{escape(self._left())}"

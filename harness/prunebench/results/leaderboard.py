@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from prunebench.results.board import DENSE, Board, Row, Section, Table
@@ -87,8 +89,12 @@ def describe(record: RunRecord) -> str:
     return f"{record.spec.model.name}, {record.spec.method} at {record.spec.target}{seed}, on {record.machine} (`{record.id}`)"
 
 
-def number(value: float) -> str:
-    """Two decimals, or no decimals and thousands marked where the value is large."""
+def number(value: float | None) -> str:
+    """Two decimals, four where the value is small, none and thousands marked where it is large."""
+    if value is None or math.isnan(value):
+        return "–"
+    if abs(value) < 1:
+        return f"{value:.4f}"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.2f}"
 
 

@@ -78,6 +78,19 @@ def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]])
     _write(cache_folder() / kind / f"{key}.npz", lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
 
 
+def load_json(kind: str, key: str) -> Any:
+    """What was kept under a key, or None."""
+    try:
+        return json.loads((cache_folder() / kind / f"{key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def save_json(kind: str, key: str, data: Any) -> None:
+    """Keep data under a key."""
+    _write(cache_folder() / kind / f"{key}.json", lambda file: file.write(json.dumps(data, allow_nan=False).encode()))
+
+
 def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     aside = None
     try:

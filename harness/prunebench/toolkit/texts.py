@@ -123,12 +123,12 @@ def load_text(name: str, split: str, folder: Path) -> Text:
     if base in KNOWN:
         known = KNOWN[base]
         shard = dict(known.shards).get(split)
-        return _load_dataset(_mirror(), known.repo, known.config, split, known.joining, known.articles, shard)
+        return _load_dataset(mirror(), known.repo, known.config, split, known.joining, known.articles, shard)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", base)
     if match is None or name.endswith(".npy"):
         raise UnknownNameError.among("text source", name, [*KNOWN, "OWNER/NAME[/CONFIG]", "FILE.txt", "FILE.npy"])
     articles = match[1] == KNOWN["wikitext2"].repo
-    return _load_dataset(_mirror(), match[1], match[2] or "default", split, "\n\n", articles, None)
+    return _load_dataset(mirror(), match[1], match[2] or "default", split, "\n\n", articles, None)
 
 
 def resolve_file(name: str, folder: Path) -> Path:
@@ -154,7 +154,8 @@ def _load_file(name: str, folder: Path) -> Text:
     return Text([content], "", True, Source(path.name, "", "", "file", digest([content]), True))
 
 
-def _mirror() -> str | None:
+def mirror() -> str | None:
+    """The folder of the local mirror, or None where data come from the Hub."""
     return os.environ.get("PRUNEBENCH_MIRROR")
 
 

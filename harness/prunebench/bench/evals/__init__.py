@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from prunebench.bench.evals.divergence import Divergence
 from prunebench.bench.evals.perplexity import Perplexity
+from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.spec import Eval, hookimpl
 
 
 @hookimpl
 def prunebench_evals() -> list[type[Eval]]:
     """The evaluations."""
-    return [Perplexity]
+    return [Perplexity, Divergence, ZeroShot]

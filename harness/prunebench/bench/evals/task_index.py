@@ -1,0 +1,116 @@
+"""Where lm-eval's task definitions are, and which data they read; lm-eval is imported only to find out.
+
+Reading its 14,000 definitions takes 10 seconds, so what was found is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunebench.errors import DataError
+from prunebench.spec import JsonDict
+from prunebench.toolkit.cache import digest, digest_file, load_json, save_json
+from prunebench.toolkit.texts import mirror, resolve_file
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+SETS = {
+    # Wanda, section 4 and appendix D.5; PERP.
+    "wanda7": ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+    # Wanda++, table 2.
+    "wanda++9": ("wic", "mrpc", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "boolq", "rte", "mmlu"),
+    # SparseGPT, table 3; which edition of StoryCloze is not said.
+    "sparsegpt5": ("lambada_openai", "piqa", "arc_easy", "arc_challenge", "storycloze_2016"),
+    # Warstadt et al. 2020 (arXiv 1912.00582): 67 phenomena of 1,000 pairs.
+    "blimp": ("blimp",),
+}
+"""The sets of the papers. Members count equally in a mean; a group's own tasks count by their number of items."""
+
+
+@dataclass(frozen=True)
+class TaskIndex:
+    """Definitions by name."""
+
+    root: Path
+    entries: Mapping[str, JsonDict]
+    """`file` relative to the root and `data`, the owner, name and configuration of the data set; `members` of groups, tags."""
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks under a name."""
+        members = self.entries[name].get("members")
+        return [name] if members is None else [leaf for member in members for leaf in self.leaves(member)]
+
+
+def lm_eval_version() -> str:
+    """The installed version of lm-eval: its prompts and metrics are conditions of a score."""
+    return importlib.metadata.version("lm_eval")
+
+
+def stock_index() -> TaskIndex:
+    """The definitions that come with lm-eval."""
+    found = importlib.util.find_spec("lm_eval")
+    assert found is not None
+    assert found.origin is not None
+    root = Path(found.origin).parent / "tasks"
+    entries = load_json("lm_eval", lm_eval_version())
+    if not entries:
+        from lm_eval.tasks import TaskManager
+
+        entries = _entries(TaskManager(), root)
+        save_json("lm_eval", lm_eval_version(), entries)
+    return TaskIndex(root, entries)
+
+
+def file_index(path: Path) -> tuple[TaskIndex, list[str]]:
+    """The definitions beside a file, and the names of those in it.
+
+    Raises:
+        DataError: it defines none.
+    """
+    from lm_eval.tasks import TaskManager
+
+    entries = _entries(TaskManager(include_defaults=False, include_path=str(path.parent)), path.parent)
+    names = [name for name, entry in entries.items() if entry.get("file") == path.name]
+    if not names:
+        raise DataError(f"{path.name} defines no task of lm-eval: it needs a `task:` and what belongs to it.")
+    return TaskIndex(path.parent, entries), names
+
+
+def data_key(asked: str, folder: Path) -> str | None:
+    """A hash of all local files that tasks are made of; None where data come from the Hub, or something is not there."""
+    try:
+        if asked.endswith(".yaml"):
+            files = [file for file in sorted(resolve_file(asked, folder).parent.iterdir()) if file.is_file()]
+        else:
+            index, copy = stock_index(), mirror()
+            if copy is None:
+                return None
+            leaves = [leaf for name in SETS.get(asked) or asked.split("+") for leaf in index.leaves(name)]
+            folders = sorted({Path(copy) / "datasets" / index.entries[leaf]["data"] for leaf in leaves})
+            files = [file for place in folders for file in sorted(place.glob("*.jsonl"))]
+    except (KeyError, DataError):
+        return None
+    return digest([lm_eval_version(), *(f"{file.parent.name}/{file.name} {digest_file(file)}" for file in files)])
+
+
+def _entries(manager: TaskManager, root: Path) -> dict[str, JsonDict]:
+    found: dict[str, JsonDict] = {}
+    for name, entry in manager.task_index.items():
+        definition = entry.cfg or {}
+        if entry.yaml_path is None:  # a tag
+            found[name] = {"members": sorted(entry.tags)}
+            continue
+        data = f"{definition.get('dataset_path')}/{definition.get('dataset_name') or 'default'}"
+        found[name] = {"file": Path(entry.yaml_path).relative_to(root).as_posix(), "data": data}
+        listed = definition.get("task")
+        if isinstance(listed, list):
+            found[name]["members"] = [
+                child if isinstance(child, str) else child.get("task") or child.get("group") for child in listed
+            ]
+    return found

@@ -71,9 +71,7 @@ class Reader:
         surplus = max(0, len(tokens) + new_tokens - self.context, *(len(ids) - self.context for ids in candidates))
         first = int(surplus > 0 and tokens[0] == getattr(self._tokenizer, "bos_token_id", None))  # a BOS stays in front
         if begins - surplus <= first:
-            raise DataError(
-                f"the model's context of {self.context} tokens has no room for {question.prefix[-40:]!r} and answers."
-            )
+            raise DataError(f"the model's context of {self.context} tokens has no room for {question.prefix[-40:]!r}.")
         kept = [ids[:first] + ids[first + surplus :] for ids in (tokens, *candidates)]
         return Prompt(kept[0], kept[1:], begins - surplus)
 
@@ -149,7 +147,7 @@ def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, read
 
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let nothing that the model's folder says of generation fill in what `config` leaves open: penalties, lengths, sampling."""
+    """Keep what the model's folder says of generation (penalties, lengths, sampling) from filling in what `config` leaves open."""
     kept = model.generation_config
     model.generation_config = config
     try:

@@ -16,7 +16,7 @@ from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.texts import Source, load_text, resolve_file
 
 LAMBADA = "EleutherAI/lambada_openai/default:test"
-LAMBADA_WHOLE = "?"
+LAMBADA_WHOLE = "d5cd1104aa85dc29"
 """Content hash of the complete split, so that the mirror's copy of it is not called an excerpt."""
 
 LAMBADA_WRONG = 3

@@ -68,7 +68,7 @@ def test_one_stratum_is_the_paired_t_test() -> None:
     expected = stats.ttest_1samp(values, 0.0)
     assert found.p_value == pytest.approx(expected.pvalue, rel=1e-12)
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert (found.estimate, found.degrees_of_freedom) == (pytest.approx(values.mean()), 39)
+    assert (found.estimate, found.degrees_of_freedom) == pytest.approx((values.mean(), 39))
 
 
 def test_documents_of_one_size_are_a_t_test_of_their_means() -> None:
@@ -331,7 +331,8 @@ def test_plans_by_hand() -> None:
     assert planned_difference(one_stratum(100), 1.0, shared=0.0) == pytest.approx(expected)
     assert planned_difference(in_text(100), 1.0) > expected
     assert planned_difference(in_text(100), 1.0, shared=0.0) == pytest.approx(smallest_detectable(1 / 10, 100 / 8 - 1))
-    assert planned_difference(in_documents(20), 1.0) == math.inf
+    for alone in (in_documents(20), in_strata(1, 1, 1), in_text(15)):
+        assert planned_difference(alone, 1.0) == math.inf
     seeds = planned_difference(one_stratum(100), 1.0, shared=0.0, seeds=4, seed_deviation=0.2)
     assert seeds == pytest.approx(smallest_detectable(math.sqrt(0.02), satterthwaite((0.01, 0.01), (3, 99))))
     assert planned_difference(one_stratum(100), 1.0, seed_deviation=0.2) == math.inf

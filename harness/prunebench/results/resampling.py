@@ -132,9 +132,9 @@ class Spread:
         variances = by_stratum.sum(axis=1)
         freedom = satterthwaite(by_stratum[0], freedoms(units)) if math.isfinite(variances[0]) else 0.0
         differing = min(int(np.count_nonzero(values[0])), int(units.drawn.sum()))
-        # Units without a difference say little about the spread of those that have one: ten answers changed among a thousand
-        # are ten observations, as McNemar's test has it.
-        return cls(variances, min(freedom, max(1.0, differing - 1)), differing, float(np.abs(rows[0]).max()))
+        # Where most values are 0 and the others 1 or -1, a variance's own relative variance, 2 / freedom, is 1 / differing,
+        # however many zeros there are.
+        return cls(variances, min(freedom, max(1.0, 2.0 * differing)), differing, float(np.abs(rows[0]).max()))
 
 
 def satterthwaite(parts: ArrayLike, freedoms: ArrayLike, variance: float | None = None) -> float:
@@ -189,7 +189,7 @@ def _uneven(units: Units) -> list[int]:
 
 def _resampled(values: Floats, share: Floats, draw: tuple[int, int], seed: int | bytes, resamples: int) -> Floats:
     """[rows], the variance of the ratio `sum(share * value) / sum(share)` over resampled units."""
-    number = seed if isinstance(seed, int) else int.from_bytes(hashlib.sha256(seed).digest())
+    number = int.from_bytes(hashlib.sha256(seed).digest()) if isinstance(seed, bytes) else int(seed)
     times = _times(len(share), *draw, number, resamples)
     total = times @ share
     return np.array([np.var(times @ (row * share) / total) for row in values])  # row by row: the same bits beside other rows

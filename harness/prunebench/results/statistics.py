@@ -4,10 +4,9 @@ A value `differences[seed, item]` is A minus B (nats of a window, or 1 and 0 of 
 over items of its mean over seeds. Two estimands, never mixed:
 
 * `new_items`: these seeds, new text. Documents are resampled where they are known, else moving blocks of `BLOCK` consecutive
-  items, else questions within their strata; standard error of the resampled statistic, small-sample factor `n / (n - 1)`,
-  quantile of t. The degrees of freedom are the effective number of documents less one, `1 / sum(share^2) - 1`: with nine
-  documents one of which is 30% of the text, the usual `n - 1` covers too little, as a percentile bootstrap does. Simulations:
-  `harness/decisions/0007-intervals.md`.
+  items; questions within their strata. The standard error is the deviation over resamples times `sqrt(n / (n - 1))`, the
+  quantile t's with the effective number of documents less one as degrees of freedom, `1 / sum(share^2) - 1`: where few
+  documents are most of the text the usual `n - 1` covers too little. Simulations: `harness/decisions/0007-intervals.md`.
 * `new_seeds_too`: seeds and items crossed, both random. Variance = seed part + item part - the part of their interaction, which
   is in both; degrees of freedom by Satterthwaite (Biometrics Bulletin 2, 1946).
 
@@ -158,7 +157,7 @@ def planned_difference(
     by_item = deviation**2 * ((1 - shared) * alone + shared * float(np.sum(size**2)))
     by_seed = seed_deviation**2 / seeds
     freedom = satterthwaite(np.bincount(units.stratum, units.size**2), freedoms(units))
-    if units.drawn.sum() < 2 or (by_seed > 0 and seeds < 2):
+    if not np.any(units.drawn >= 2) or (by_seed > 0 and seeds < 2):
         return math.inf
     if by_seed > 0:
         freedom = satterthwaite((by_seed, by_item), (seeds - 1, freedom))

@@ -128,7 +128,8 @@ def log_likelihoods(job: EvalJob, prompts: Sequence[Prompt], reader: Reader) -> 
 def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, reader: Reader) -> list[str]:
     """What the model goes on with, at most `new_tokens` tokens, each the most likely one; padded on the left."""
     found = [""] * len(prompts)
-    plain = GenerationConfig(
+    model: Any = job.model
+    plain = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         max_new_tokens=new_tokens,
@@ -136,10 +137,10 @@ def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, read
         pad_token_id=_PADDING,
         eos_token_id=reader.stops or None,
     )
-    with torch.no_grad(), quiet_transformers(), _generating(job.model, plain):
+    with torch.no_grad(), quiet_transformers(), _generating(model, plain):
         for chosen in _batches(job, [len(prompt.tokens) for prompt in prompts], reader, new_tokens, "answer"):
             ids, mask = _padded([prompts[row].tokens for row in chosen], job.device, left=True)
-            whole: Any = job.model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+            whole: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
             for row, new in zip(chosen, whole[:, ids.shape[1] :].tolist(), strict=True):
                 found[row] = reader.text(prompts[row].tokens, new)
     return found
@@ -147,7 +148,7 @@ def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, read
 
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Keep what the model's folder says of generation (penalties, lengths, sampling) from filling in what `config` leaves open."""
+    """Keep what the model's folder says of generation (penalties, lengths, sampling) out of what `config` leaves open."""
     kept = model.generation_config
     model.generation_config = config
     try:

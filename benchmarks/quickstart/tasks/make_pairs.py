@@ -70,6 +70,7 @@ def table(text: str) -> tuple[tuple[str, ...], ...]:
 
 
 def twins(first: tuple[str, str, str], second: tuple[str, str, str]) -> list[Item]:
+    """Two frames, each wrong with the other's word."""
     one, other = Frame(*first), Frame(*second)
     return [one.item(other.word), other.item(one.word)]
 
@@ -155,18 +156,7 @@ def agreement(deal: Dealer, verb: tuple[str, ...], starts: tuple[str, ...], betw
     return twins((f"{starts[0]} {one}{between}", singular, rest), (f"{starts[-1]} {many}{between}", plural, rest))
 
 
-HE = (
-    "The king",
-    "The boy",
-    "The man",
-    "The prince",
-    "His father",
-    "Her brother",
-    "My uncle",
-    "The old man",
-    "Their son",
-    *BOYS,
-)
+HE = (*words("The king; The boy; The man; The prince; His father; Her brother; My uncle; The old man; Their son"), *BOYS)
 SHE = ("The queen", "The girl", "The woman", "The princess", "His mother", "Her sister", "My aunt", "Their daughter", *GIRLS)
 THEY = ("The boys", "The girls", "The children", "The soldiers", "The men", "The women", "Her parents", "The workers")
 KINDS = (((HE, "himself"), (SHE, "herself")), ((HE, "himself"), (THEY, "themselves")), ((SHE, "herself"), (THEY, "themselves")))
@@ -204,12 +194,8 @@ NUMBERED = ("Tom saw", "They found", "We had", "The man bought", "She knew", "He
 
 def determiner_noun(deal: Dealer) -> list[Item]:
     """This dog, these dogs."""
-    start, (one, many), (near, far), rest = (
-        f"{deal(CHILDREN)} {deal(SEEN)}",
-        deal(ANIMALS + THINGS),
-        deal(DETERMINERS),
-        deal(WHERE),
-    )
+    start, (one, many) = f"{deal(CHILDREN)} {deal(SEEN)}", deal(ANIMALS + THINGS)
+    (near, far), rest = deal(DETERMINERS), deal(WHERE)
     return twins((f"{start} {near}", one, rest), (f"{start} {far}", many, rest))
 
 
@@ -234,15 +220,14 @@ def much_many(deal: Dealer) -> list[Item]:
 
 
 FORMS = table(
-    """go | went | gone | going | to the sea.; eat | ate | eaten | eating | a red apple.; see | saw | seen | seeing | the king.
-    take | took | taken | taking | the book.; give | gave | given | giving | him a ball.
-    write | wrote | written | writing | songs.
+    """go | went | gone | going | to the sea.; eat | ate | eaten | eating | a red apple.
+    see | saw | seen | seeing | the king.; take | took | taken | taking | the book.
+    give | gave | given | giving | him a ball.; write | wrote | written | writing | songs.
     fall | fell | fallen | falling | into the water.; break | broke | broken | breaking | the window.
     speak | spoke | spoken | speaking | to her.; throw | threw | thrown | throwing | the ball.
-    draw | drew | drawn | drawing | a tree.
-    drive | drove | driven | driving | the car.; forget | forgot | forgotten | forgetting | the name.
-    do | did | done | doing | the work.; ride | rode | ridden | riding | a horse.
-    choose | chose | chosen | choosing | the blue hat."""
+    draw | drew | drawn | drawing | a tree.; drive | drove | driven | driving | the car.
+    forget | forgot | forgotten | forgetting | the name.; do | did | done | doing | the work.
+    ride | rode | ridden | riding | a horse.; choose | chose | chosen | choosing | the blue hat."""
 )
 CUES = (
     ("will", "can", "did not", "wanted to", "must", "could not", "tried to"),
@@ -262,10 +247,10 @@ def verb_form(deal: Dealer) -> list[Item]:
 
 ARTICLES = table(
     """ate | apple | cake; ate | egg | banana; ate | orange | cookie; saw | elephant | lion; saw | owl | bird
-    met | artist | doctor
-    met | actor | singer; was | author | writer; was | officer | soldier; had | uncle | friend; lived on | island | farm
-    worked in | office | school; built | airport | station; had | idea | plan; gave | answer | reason; made | album | book
-    saw | animal | tree; bought | umbrella | hat; was | engineer | teacher; heard | order | song"""
+    met | artist | doctor; met | actor | singer; was | author | writer; was | officer | soldier; had | uncle | friend
+    lived on | island | farm; worked in | office | school; built | airport | station; had | idea | plan
+    gave | answer | reason; made | album | book; saw | animal | tree; bought | umbrella | hat; was | engineer | teacher
+    heard | order | song"""
 )
 ADJECTIVES = table(
     "old | new; important | great; early | late; angry | happy; easy | hard; empty | full; ugly | beautiful; odd | long"
@@ -279,23 +264,24 @@ def article(deal: Dealer) -> list[Item]:
     if deal((True, False)):
         verb, vowel, consonant = deal(ARTICLES)
     else:
-        verb, (vowel, consonant), rest = (
-            deal(("saw", "found", "had", "heard of")),
-            deal(ADJECTIVES),
-            f"{deal(DESCRIBED)} {rest}",
-        )
+        verb, (vowel, consonant) = deal(("saw", "found", "had", "heard of")), deal(ADJECTIVES)
+        rest = f"{deal(DESCRIBED)} {rest}"
     return twins((f"{name} {verb} an", vowel, rest), (f"{name} {verb} a", consonant, rest))
 
 
 PREPOSITIONS = table(
     """was afraid | of | the dark. | listened | to | the radio.
     was interested | in | old books. | borrowed money | from | a friend.
-    depended | on | the weather. | was born | in | the spring.; was famous | for | his songs. | was full | of | good ideas.
-    belonged | to | the king. | was made | of | gold.; was different | from | the others. | was very good | at | sports.
+    depended | on | the weather. | was born | in | the spring.
+    was famous | for | his songs. | was full | of | good ideas.; belonged | to | the king. | was made | of | gold.
+    was different | from | the others. | was very good | at | sports.
     was waiting | for | the train. | was married | to | a teacher.; laughed | at | the joke. | was proud | of | the team.
-    was filled | with | water. | was based | on | a novel.; was a member | of | the club. | fell in love | with | the doctor.
-    was similar | to | the first one. | took part | in | the game.; arrived | at | the station. | was one | of | the best.
-    was covered | with | snow. | was responsible | for | the work.; was kind | to | the animals. | was tired | of | waiting.
+    was filled | with | water. | was based | on | a novel.
+    was a member | of | the club. | fell in love | with | the doctor.
+    was similar | to | the first one. | took part | in | the game.
+    arrived | at | the station. | was one | of | the best.
+    was covered | with | snow. | was responsible | for | the work.
+    was kind | to | the animals. | was tired | of | waiting.
     asked | for | more food. | looked forward | to | the summer.
     spent a lot of money | on | new clothes. | was next | to | the door.
     was accused | of | murder. | was ready | for | the winter.; believed | in | God. | was angry | with | the boy.
@@ -367,7 +353,8 @@ PHRASES = table(
     lived in New | York | for a year. | was in the United | States | for a year.
     fought in the First World | War | as a boy. | wrote to the Prime | Minister | of England.
     left high | school | in the spring. | died in a car | accident | in the spring.
-    fell | asleep | at once. | walked | home | at once.; took a deep | breath | and sang. | took part in the | game | and won.
+    fell | asleep | at once. | walked | home | at once.
+    took a deep | breath | and sang. | took part in the | game | and won.
     loved his mother and | father | very much. | worked day and | night | for them.
     walked up and | down | in the hall. | ran back and | forth | in the hall.
     ate bread and | butter | every morning. | met the king and | queen | every year.

@@ -398,17 +398,17 @@ ORDERS = table(
 
 
 def word_order(deal: Dealer) -> list[Item]:
-    """The old house stood, the house old stood."""
+    """Where the picture was, where was the picture."""
 
     def one() -> Item:
-        words = {
+        cards = {
             "thing": deal(THINGS)[0],
             "animal": deal(ANIMALS)[0],
             "person": deal(PEOPLE)[0],
             "people": deal(PEOPLE)[1],
             "name": deal(CHILDREN),
         }
-        good, bad = (order.format(**words) for order in deal(ORDERS))
+        good, bad = (order.format(**cards) for order in deal(ORDERS))
         return Item(good, bad)
 
     return [one(), one()]

@@ -62,13 +62,14 @@ class Model:
 
 
 class Documents(Model):
-    """Documents of very unequal length (log-normal), whose items share `shared` of their variance."""
+    """Documents of given or very unequal length (log-normal), whose items share `shared` of their variance."""
 
-    def __init__(self, count: int, shared: float, draw: Draw = normal) -> None:
-        self.count, self.shared, self.draw = count, shared, draw
+    def __init__(self, count: int, shared: float, draw: Draw = normal, sizes: tuple[int, ...] = ()) -> None:
+        self.count, self.shared, self.draw, self.sizes = count, shared, draw, sizes
 
     def items(self, generator: Generator) -> Items:
-        sizes = np.maximum(1, np.round(generator.lognormal(2, 0.8, self.count))).astype(np.int64)
+        drawn = np.maximum(1, np.round(generator.lognormal(2, 0.8, self.count)))
+        sizes = np.array(self.sizes or drawn, dtype=np.int64)
         return Items(equal_weights(int(sizes.sum())), clusters=np.repeat(np.arange(self.count), sizes))
 
     def effects(self, generator: Generator, items: Items, rows: int) -> Effects:
@@ -137,7 +138,11 @@ def coverage(
     return 100 * held / replications
 
 
+WIKITEXT = (29, 21, 14, 7, 7, 7, 6, 5, 4)
+"""Windows of 512 tokens in each of the first nine articles of WikiText-2's test text, as the suite wiki7m has them."""
+
 MODELS: dict[str, Model] = {
+    "first articles of wikitext2": Documents(len(WIKITEXT), 0.3, sizes=WIKITEXT),
     "10 documents": Documents(10, 0.3),
     "10 documents, skewed": Documents(10, 0.3, skewed),
     "30 documents": Documents(30, 0.3),

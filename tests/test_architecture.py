@@ -159,8 +159,8 @@ def faults(module: str, found: list[Import]) -> Iterator[str]:
             yield from (f"{place}: {reason}" for reason in fault_inside(module, own, layer, item))
         elif layer.outside is not None and top not in layer.outside and not (item.for_types and top in layer.for_types):
             yield f"{place}: {own} may not use {top}"
-        elif top == "lm_eval" and module != "prunebench.bench.evals.zero_shot":
-            yield f"{place}: lm_eval is for bench/evals/zero_shot.py only"
+        elif top == "lm_eval" and not module.startswith("prunebench.bench.evals."):
+            yield f"{place}: lm_eval is for bench/evals only"
         elif own == "cli" and not item.lazy and top not in {"typer", "rich", "click"}:
             yield f"{place}: heavy modules are imported in the function that needs them"
 

@@ -169,7 +169,8 @@ def report(
     from prunebench.show import draw_board, print_board
 
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
-    board = build_board(_store(results).latest(), revisions).only(only or "")
+    store = _store(results)
+    board = build_board(store.latest(), revisions, store.items).only(only or "")
     print_board(board, _out)
     for path, text in ((out, to_markdown), (picture, draw_board)):
         if path is not None:

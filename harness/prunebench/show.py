@@ -49,18 +49,26 @@ def print_board(board: Board, console: Console) -> None:
         console.print(f"\n[bold]{escape(section.title)}[/]")
         for note in leaderboard.section_notes(section):
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
+        if section.silence:
+            console.print(f"  {escape(section.silence)}")
+            continue
         for table in section.tables:
             headings = leaderboard.columns(section, table)
-            texts = [leaderboard.cells(table, row) for row in table.rows]
+            texts = [leaderboard.cells(section, table, row) for row in table.rows]
             shown = _columns_that_fit(headings, texts, console)
             grid = Table(box=SIMPLE, title=escape(leaderboard.table_title(table)), title_justify="left", title_style="bold")
             for index in shown:
                 # Numbers stay whole; a method with its options is broken where the terminal is narrow.
-                grid.add_column(headings[index], justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
-            grid.columns[0].min_width = METHOD_WIDTH
+                method = headings[index] == "method"
+                grid.add_column(headings[index], justify="left" if method else "right", no_wrap=not method, overflow="fold")
+            grid.columns[shown.index(1)].min_width = METHOD_WIDTH
             for row, cells in zip(table.rows, texts, strict=True):
-                grid.add_row(*(escape(cells[index]) for index in shown), style="dim" if row.method == "dense" else "")
+                style = "dim" if row.method == "dense" else "bold" if row.rank is not None and row.rank.best else ""
+                grid.add_row(*(escape(cells[index]) for index in shown), style=style)
             console.print(grid)
+            limits = leaderboard.table_limits(section, table)
+            if limits:
+                console.print(f"  {escape(limits)}", style="dim", highlight=False)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
         for record in records:
             console.print(f"{title}: {escape(leaderboard.describe(record))}: {escape(record.reason or '')}", highlight=False)
@@ -121,8 +129,8 @@ def _columns_that_fit(headings: list[str], rows: list[list[str]], console: Conso
     """All columns, or on a narrow terminal those that matter most."""
     widths = [max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True)]
     shown = list(range(len(headings)))
-    for heading in ("coverage %", "of all %", "peak MiB", "extra", "sparsity %"):
-        if METHOD_WIDTH + sum(widths[index] for index in shown[1:]) > console.width - 4 and heading in headings:
+    for heading in ("coverage %", "of all %", "peak MiB", "extra", "sparsity %", "flips %"):
+        if METHOD_WIDTH + sum(widths[index] for index in shown if index != 1) > console.width - 4 and heading in headings:
             shown.remove(headings.index(heading))
     return shown
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
-from prunebench.results.board import DENSE, Board, Row, Section, Table
+from prunebench.results.board import Board, Section, Table
 from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.rows import DENSE, Row
+
+_GUESS = " ≈"
+"""Stands behind an accuracy whose interval covers guessing."""
 
 
 def to_markdown(board: Board) -> str:
@@ -26,36 +32,69 @@ def to_markdown(board: Board) -> str:
 def columns(section: Section, table: Table) -> list[str]:
     """The headings of a table."""
     return [
+        "rank",
         "method",
-        section.unit,
-        "vs dense",
+        f"{section.unit} %" if section.is_share else section.unit,
+        f"vs dense{' %' if section.is_ratio else ' points' if section.is_share else ''} [95%]",
         *(["vs control", "extra"] if table.training else []),
+        *(["flips %"] if section.asks_questions else []),
+        *section.parts,
         "seeds",
-        "prune s",
-        "peak MiB",
-        "sparsity %",
-        "of all %",
-        "coverage %",
+        *(["prune s", "peak MiB", "sparsity %", "of all %", "coverage %"] if section.shows_costs else []),
     ]
 
 
-def cells(table: Table, row: Row) -> list[str]:
+def cells(section: Section, table: Table, row: Row) -> list[str]:
     """A row's texts, one a heading."""
-    spread = "" if row.spread is None else f" ± {number(row.spread)}"
     mark = "*" if row.shared_machine else ""
     method = row.method.replace(",", ", ")  # so that a narrow column can break it; steps are read with the spaces too
-    return [
-        f"{method} (tuned)" if row.tuned else method,
-        f"{number(row.mean)}{spread}",
-        _percent(row.change),
-        *([_percent(row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
-        row.seeds_shown,
+    flips = "" if row.flipped is None else f"{row.flipped[0]:.1%} / {row.flipped[1]:.1%}".replace("%", "")
+    costs = [
         f"{row.prune_seconds:.2f}{mark}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}{mark}",
         f"{row.sparsity_prunable:.2%}".removesuffix("%"),
         f"{row.sparsity_total:.2%}".removesuffix("%"),
         f"{row.coverage:.2%}".removesuffix("%"),
     ]
+    return [
+        "" if row.rank is None else str(row.rank),
+        f"{method} (tuned)" if row.tuned else method,
+        _value(section, row),
+        _versus(section, row),
+        *([_percent(row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
+        *([flips] if section.asks_questions else []),
+        *(_part(section, row, part) for part in section.parts),
+        row.seeds_shown,
+        *(costs if section.shows_costs else []),
+    ]
+
+
+def _value(section: Section, row: Row) -> str:
+    scale = 100 if section.is_share else 1
+    spread = "" if row.spread is None or math.isnan(row.spread) else f" ± {number(scale * row.spread, like=scale * row.mean)}"
+    return f"{number(scale * row.mean)}{spread}{_GUESS if '' in row.guesses else ''}"
+
+
+def _part(section: Section, row: Row, part: str) -> str:
+    if part not in row.parts:
+        return ""
+    return f"{number(100 * row.parts[part] if section.is_share else row.parts[part])}{_GUESS if part in row.guesses else ''}"
+
+
+def _versus(section: Section, row: Row) -> str:
+    """The difference from dense with its interval: of perplexities relative, of shares in points."""
+    if row.versus is None:
+        return _percent(row.change)
+    found = [row.versus.estimate, row.versus.low, row.versus.high]
+    if section.is_ratio:
+        found = [100 * math.expm1(min(value, 700.0)) for value in found]
+    elif section.is_share:
+        found = [100 * value for value in found]
+    digits = 1 if section.is_ratio or section.is_share else 4
+    middle, low, high = (f"{value:+,.{digits}f}" for value in found)
+    if not row.versus.is_known:
+        return middle
+    return f"{middle} [{low}, {high}]"
 
 
 def _percent(change: float | None) -> str:
@@ -65,11 +104,16 @@ def _percent(change: float | None) -> str:
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
-    notes = [
-        f"Evaluation: {conditions.get('windows', '?')} windows of {conditions.get('window', '?')} tokens, "
-        f"{conditions.get('dtype')}, {conditions.get('attention')} attention "
-        f"(conditions `{fingerprint(dict(conditions))}`)."
-    ]
+    where = f"{conditions.get('dtype')}, {conditions.get('attention')} attention"
+    notes = [f"Evaluation: {_what(conditions)}, {where} (conditions `{fingerprint(dict(conditions))}`)."]
+    if conditions.get("missing"):
+        missing = ", ".join(conditions["missing"])
+        notes.append(f"No mean and no ranks: the data of {missing} are not here, so the set is not whole.")
+    guessed = sorted(
+        {name for table in section.tables for row in table.rows if row.method == DENSE for name in row.guesses if name}
+    )
+    if guessed:
+        notes.append(f"The dense model's interval covers guessing (marked {_GUESS.strip()}) in: {', '.join(guessed)}.")
     if section.recipe is not None and section.recipe.calibration is not None:
         recipe = section.recipe
         assert recipe.calibration is not None
@@ -83,19 +127,34 @@ def section_notes(section: Section) -> list[str]:
     return notes
 
 
+def _what(conditions: Mapping[str, Any]) -> str:
+    """What was asked, in a few words."""
+    if "windows" in conditions:
+        return f"{conditions['windows']} windows of {conditions.get('window', '?')} tokens"
+    tasks: Mapping[str, Any] = conditions.get("tasks") or {}
+    questions = sum(int(facts.get("items", 0)) for facts in tasks.values())
+    asked = [f"{questions:,} questions"]
+    if conditions.get("limit"):
+        asked.append(f"the first {conditions['limit']} of each task")
+    if "lm_eval" in conditions:
+        asked.append(f"{conditions.get('metric')}, {conditions.get('shots')} shots, lm-eval {conditions['lm_eval']}")
+    return ", ".join(asked)
+
+
 def describe(record: RunRecord) -> str:
     """A run in a few words."""
     seed = "" if record.spec.seed is None else f", seed {record.spec.seed}"
     return f"{record.spec.model.name}, {record.spec.method} at {record.spec.target}{seed}, on {record.machine} (`{record.id}`)"
 
 
-def number(value: float | None) -> str:
-    """Two decimals, four where the value is small, none and thousands marked where it is large."""
+def number(value: float | None, like: float | None = None) -> str:
+    """Two decimals, four where the value (or what it is printed beside) is small, none and thousands marked where it is large."""
     if value is None or math.isnan(value):
         return "–"
-    if abs(value) < 1:
+    size = abs(value if like is None else like)
+    if size < 1:
         return f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.2f}"
+    return f"{value:,.0f}" if size >= 10_000 else f"{value:.2f}"
 
 
 _INTRODUCTION = """# prunebench leaderboard
@@ -104,8 +163,14 @@ Made by `prunebench report` from the records in `results/`; never edited by hand
 
 Rows in one table were measured under the same conditions on the same machine, and prunings that used data had the same
 recipe. Several calibration seeds are one row: mean ± standard deviation over seeds. `deterministic` methods use neither data
-nor randomness. Rows are sorted by value; **there are no ranks**, because no test of the differences has been made: a
-difference within the spread over seeds, or one that a few windows of text could turn round, means nothing.
+nor randomness.
+
+**Ranks are intervals.** Each pair of rows is compared item by item, window by window or question by question, for the same
+seeds: `rank` counts who is significantly better and who significantly worse after Holm's correction over all pairs of a table
+(5%), so rows that share ranks cannot be told apart by this text. Bold: nobody is significantly better. The estimand is *these
+seeds, new text* (documents, or questions within their subjects, are resampled); it says nothing of other calibration seeds,
+whose spread stands behind the ±. `vs dense` gives the paired difference with its 95% interval, of perplexities in per cent, of
+accuracies in points. `flips %`: questions that went from right to wrong / from wrong to right against dense.
 
 Options that differ from a method's defaults are written out; `(tuned)` says that they were chosen on validation text, by the
 records of a suite that are kept too. What was retrained on text has tables of its own: on top the dense model, and the dense
@@ -114,21 +179,41 @@ Budgets of training are in the options (`steps`, `batch`), in the suites that sh
 
 `sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
 same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method
-pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original cost
-of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*` marks
-costs measured while other processes took cores that the run needed."""
+pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original
+cost of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*`
+marks costs measured while other processes took cores that the run needed. An accuracy with ≈ cannot be told from guessing."""
 
 
 def _section_markdown(section: Section) -> str:
     notes = "\n".join(f"* {_one_line(note)}" for note in section_notes(section))
     parts = [f"## {_one_line(section.title)}", notes]
+    if section.silence:
+        return "\n\n".join([*parts, section.silence])
     for table in section.tables:
-        rows = [[_one_line(cell) for cell in cells(table, row)] for row in table.rows]
+        rows = [[_one_line(cell) for cell in cells(section, table, row)] for row in table.rows]
+        for row, texts in zip(table.rows, rows, strict=True):
+            if row.rank is not None and row.rank.best:
+                texts[1] = f"**{texts[1]}**"
         frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section, table)])
-        align = ["left"] + ["right"] * (len(frame.columns) - 1)
+        align = ["center", "left"] + ["right"] * (len(frame.columns) - 2)
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
         parts.append(f"### {_one_line(table_title(table))}\n\n{text}")
+        limits = table_limits(section, table)
+        if limits:
+            parts.append(_one_line(limits))
     return "\n\n".join(parts)
+
+
+def table_limits(section: Section, table: Table) -> str | None:
+    """What a table can and cannot show."""
+    if table.detectable is None:
+        unranked = sum(not math.isnan(row.mean) for row in table.rows if row.method != DENSE)
+        return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
+    if section.is_ratio:
+        least = f"{math.expm1(table.detectable):.1%}"
+    else:
+        least = f"{100 * table.detectable:.1f} points" if section.is_share else f"{table.detectable:.4f}"
+    return f"A true difference of two rows below about {least} had less than an 80% chance to show, before the correction."
 
 
 def target_title(target: str) -> str:

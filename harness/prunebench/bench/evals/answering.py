@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from prunebench.bench.evals.questions import Question
 from prunebench.bench.evals.windows import MAX_LOGITS
-from prunebench.errors import DataError
+from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary
 from prunebench.toolkit.loading import quiet_transformers
@@ -126,7 +126,11 @@ def log_likelihoods(job: EvalJob, prompts: Sequence[Prompt], reader: Reader) -> 
 
 
 def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, reader: Reader) -> list[str]:
-    """What the model goes on with, at most `new_tokens` tokens, each the most likely one; padded on the left."""
+    """What the model goes on with, at most `new_tokens` tokens, each the most likely one; padded on the left.
+
+    Raises:
+        NonFiniteError: there is no most likely one.
+    """
     found = [""] * len(prompts)
     model: Any = job.model
     plain = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -140,10 +144,19 @@ def continuations(job: EvalJob, prompts: Sequence[Prompt], new_tokens: int, read
     with torch.no_grad(), quiet_transformers(), _generating(model, plain):
         for chosen in _batches(job, [len(prompt.tokens) for prompt in prompts], reader, new_tokens, "answer"):
             ids, mask = _padded([prompts[row].tokens for row in chosen], job.device, left=True)
-            whole: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+            whole: torch.Tensor = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=plain, logits_processor=[_refuse_nan]
+            )
             for row, new in zip(chosen, whole[:, ids.shape[1] :].tolist(), strict=True):
                 found[row] = reader.text(prompts[row].tokens, new)
     return found
+
+
+def _refuse_nan(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Between two steps of decoding: the most likely of NaNs would be the first token, without a word."""
+    if bool(logits.isnan().any()):
+        raise NonFiniteError("the model's predictions are NaN while it answers.")
+    return logits
 
 
 @contextmanager

@@ -1,0 +1,178 @@
+"""Two rows of a table, item by item: what the same windows or questions, and the same seeds, say of their difference."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunebench.results.accuracy import Flips, covers_chance, macro_accuracy_interval, mcnemar
+from prunebench.results.items import Columns
+from prunebench.results.records import RunRecord, ScoreRecord
+from prunebench.results.resampling import Floats, Items, equal_weights, macro_weights
+from prunebench.results.statistics import Difference, new_items, new_seeds_too, smallest_detectable
+
+LoadItems = Callable[[RunRecord, ScoreRecord], Columns]
+"""Gives a score's raw answers: `ResultStore.items`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One score of one run."""
+
+    record: RunRecord
+    name: str
+    score: ScoreRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """A row's values, item by item: one method at one target, its seeds together."""
+
+    values: Floats
+    """[seeds, items], of the column that the score averages."""
+    seeds: tuple[int | None, ...]
+    """(None,) for a method without data and randomness."""
+    items: Items
+    labels: Mapping[str, tuple[float | int | str, ...]]
+    """What tells items apart; rows with other labels were not asked the same."""
+    tasks: Mapping[str, NDArray[np.intp]]
+    """The items of each task, by name."""
+    choices: Floats | None
+    """[items], among how many answers each question is one, where it is a choice."""
+    exponential: bool
+    ids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, row: Sequence[Measured], load: LoadItems) -> Answers | None:
+        """The answers of a row's runs, or None where the score does not say what it is made of."""
+        samples = [measured.score.sample for measured in row]
+        sample = samples[0]
+        if sample is None or any(other != sample for other in samples):
+            return None
+        columns = [load(measured.record, measured.score) for measured in row]
+        first = columns[0]
+        names = [name for name in (sample.documents, sample.strata, sample.tasks) if name]
+        labels = {name: tuple(first[name]) for name in names}
+        if any({name: tuple(other[name]) for name in names} != labels for other in columns):
+            return None
+        tasks = _codes(labels[sample.tasks]) if sample.tasks else None
+        items = Items(
+            weights=equal_weights(len(first[sample.column])) if tasks is None else macro_weights(tasks),
+            clusters=_codes(labels[sample.documents]) if sample.documents else None,
+            strata=_codes(labels[sample.strata]) if sample.strata else None,
+        )
+        return cls(
+            values=np.asarray([other[sample.column] for other in columns], np.float64),
+            seeds=tuple(measured.record.spec.seed for measured in row),
+            items=items,
+            labels=labels,
+            tasks={} if sample.tasks is None else _positions(labels[sample.tasks]),
+            choices=np.asarray(first["choices"], np.float64) if "choices" in first else None,
+            exponential=sample.exponential,
+            ids=tuple(measured.record.id for measured in row),
+        )
+
+    @property
+    def are_right_or_wrong(self) -> bool:
+        """Whether the values are answers to questions."""
+        return self.items.strata is not None and bool(np.isin(self.values, (0, 1)).all())
+
+    @property
+    def guesses(self) -> frozenset[str]:
+        """Tasks whose accuracy, the mean over seeds, cannot be told from that of guessing; the empty name is their mean."""
+        if self.choices is None or not self.are_right_or_wrong:
+            return frozenset()
+        right = self.values.mean(axis=0)
+        asked = {name: where for name, where in self.tasks.items() if bool((self.choices[where] > 1).all())}
+        counts = {name: (round(float(right[where].sum())), len(where)) for name, where in asked.items()}
+        chances = {name: float((1 / self.choices[where]).mean()) for name, where in asked.items()}
+        found = {name for name, (correct, of) in counts.items() if covers_chance(correct, of, chances[name])}
+        if len(asked) == len(self.tasks):
+            low, high = macro_accuracy_interval([c for c, _ in counts.values()], [n for _, n in counts.values()])
+            if low <= sum(chances.values()) / len(chances) <= high:
+                found.add("")
+        return frozenset(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Two rows, A and B; differences are A minus B."""
+
+    first: Answers
+    second: Answers
+    seeds: tuple[int | None, ...]
+    """Those both rows have; a row without seeds stands beside each seed of the other."""
+
+    @cached_property
+    def pairs(self) -> tuple[Floats, Floats]:
+        """The values of both, [seeds, items]."""
+        return _at(self.first, self.seeds), _at(self.second, self.seeds)
+
+    @cached_property
+    def new_items(self) -> Difference:
+        """These seeds, new text: what ranks rest on."""
+        first, second = self.pairs
+        return new_items(first - second, self.first.items, self._seed)
+
+    @cached_property
+    def new_seeds(self) -> Difference:
+        """New seeds and new text."""
+        first, second = self.pairs
+        return new_seeds_too(first - second, self.first.items, self._seed)
+
+    @property
+    def flips(self) -> list[Flips]:
+        """Answers that changed sides from A to B, with McNemar's test: one for each seed and never pooled."""
+        return [mcnemar(first, second) for first, second in zip(*self.pairs, strict=True)]
+
+    @property
+    def flipped(self) -> tuple[float, float]:
+        """Shares of the questions that went from right to wrong and from wrong to right, from A to B; means over seeds."""
+        first, second = self.pairs
+        weights = self.first.items.weights
+        lost, won = (first > second).mean(axis=0), (second > first).mean(axis=0)
+        return float(lost @ weights), float(won @ weights)
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true difference that these items and seeds would have shown in four of five cases."""
+        found = self.new_items
+        return smallest_detectable(found.standard_error, found.degrees_of_freedom)
+
+    @property
+    def _seed(self) -> bytes:
+        """Of the resampling: the same for A against B and B against A."""
+        return hashlib.sha256(" ".join(sorted({*self.first.ids, *self.second.ids})).encode()).digest()
+
+
+def compare(first: Answers, second: Answers) -> Comparison | None:
+    """Two rows, or None where they were not asked the same items, or share no seed."""
+    if first.labels != second.labels or first.values.shape[1] != second.values.shape[1]:
+        return None
+    if first.seeds == (None,) or second.seeds == (None,):
+        return Comparison(first, second, second.seeds if first.seeds == (None,) else first.seeds)
+    shared = tuple(seed for seed in first.seeds if seed in second.seeds)
+    return Comparison(first, second, shared) if shared else None
+
+
+def _at(answers: Answers, seeds: tuple[int | None, ...]) -> Floats:
+    """The rows of these seeds, [seeds, items]."""
+    if answers.seeds == (None,):
+        return np.broadcast_to(answers.values, (len(seeds), answers.values.shape[1]))
+    return answers.values[[answers.seeds.index(seed) for seed in seeds]]
+
+
+def _codes(labels: Sequence[object]) -> NDArray[np.intp]:
+    """Labels as whole numbers, by first appearance."""
+    numbers: dict[object, int] = {}
+    return np.asarray([numbers.setdefault(label, len(numbers)) for label in labels], np.intp)
+
+
+def _positions(labels: Sequence[object]) -> dict[str, NDArray[np.intp]]:
+    names = np.asarray([str(label) for label in labels])
+    return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}

@@ -1,0 +1,169 @@
+"""Rows of a table: one method at one target, its seeds together, compared with dense and ranked among its like."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from prunebench.results.comparison import Answers, LoadItems, Measured, compare
+from prunebench.results.ranks import RankInterval, rank
+from prunebench.results.statistics import Difference
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one target: its seeds together."""
+
+    method: str
+    values: tuple[float, ...]
+    seeds: tuple[int | None, ...]
+    parts: Mapping[str, float]
+    """Further numbers, means over seeds."""
+    change: float | None
+    """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
+    control: float | None
+    """Relative change of the mean against the dense model after the same training, or None without such a run."""
+    tuned: str | None
+    """The suite in which options were chosen."""
+    extra_parameters: int
+    prune_seconds: float
+    peak_bytes: int | None
+    sparsity_prunable: float
+    sparsity_total: float
+    coverage: float
+    shared_machine: bool
+    ids: tuple[str, ...]
+    rank: RankInterval | None = None
+    """Among the rows of its table that are not dense; None where no test could be made."""
+    versus: Difference | None = None
+    """This row minus dense: these seeds, new text. Of perplexities the difference of their logarithms."""
+    flipped: tuple[float, float] | None = None
+    """Shares of the questions that went from right to wrong and from wrong to right against dense."""
+    guesses: frozenset[str] = frozenset()
+    """Tasks in which its accuracy cannot be told from that of guessing; the empty name is their mean."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds, or None for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def seeds_shown(self) -> str:
+        """How many seeds, or that there is nothing to repeat."""
+        return "deterministic" if self.seeds == (None,) else str(len(self.seeds))
+
+
+class RowBuilder:
+    """Makes the rows of a section; what each run answered is read once."""
+
+    def __init__(self, dense: Sequence[Measured], load: LoadItems) -> None:
+        self._load = load
+        self._answers: dict[tuple[str, ...], Answers | None] = {}
+        own = [measured for measured in dense if measured.record.spec.method == DENSE]
+        self._baseline = value_of(own[0]) if own else None
+        self._dense = self._of(own) if own else None
+
+    def rows(self, entries: Sequence[Measured], controls: Mapping[str, Sequence[float]]) -> list[Row]:
+        """A row for each method, dense first, then by name.
+
+        Args:
+            entries: at one target.
+            controls: values of dense models that were trained, by method.
+        """
+        by_method: dict[str, list[Measured]] = {}
+        for entry in entries:
+            by_method.setdefault(entry.record.spec.method, []).append(entry)
+        methods = sorted(by_method, key=lambda method: (method != DENSE, method))
+        return [self._row(method, by_seed(by_method[method]), controls) for method in methods]
+
+    @property
+    def baseline(self) -> float | None:
+        """The dense model's value."""
+        return self._baseline
+
+    def ranked(
+        self, rows: Sequence[Row], entries: Sequence[Measured], higher_is_better: bool
+    ) -> tuple[list[Row], float | None]:
+        """The rows with their ranks among each other, and the smallest true difference that a test of two of them would have
+        shown with 80% power, the median over pairs; without both, where two rows cannot be compared."""
+        answers = {}
+        for row in rows:
+            answers[row.method] = self._of(by_seed([e for e in entries if e.record.spec.method == row.method]))
+        names = [row.method for row in rows]
+        differences: dict[tuple[str, str], Difference] = {}
+        detectable = []
+        for index, first in enumerate(names):
+            for second in names[index + 1 :]:
+                one, other = answers[first], answers[second]
+                found = compare(one, other) if one and other else None
+                if found is None:
+                    return list(rows), None
+                differences[first, second] = found.new_items
+                detectable.append(found.detectable)
+        if len(rows) < 2 or any(math.isnan(row.mean) for row in rows):  # a set without a mean has no order
+            return list(rows), None
+        ranks = rank(names, differences, higher_is_better).ranks
+        return [replace(row, rank=ranks[row.method]) for row in rows], statistics.median(detectable) if detectable else None
+
+    def _of(self, row: Sequence[Measured]) -> Answers | None:
+        key = tuple(measured.record.id for measured in row)
+        if key not in self._answers:
+            self._answers[key] = Answers.of(row, self._load)
+        return self._answers[key]
+
+    def _row(self, method: str, entries: Sequence[Measured], controls: Mapping[str, Sequence[float]]) -> Row:
+        records = [entry.record for entry in entries]
+        values = tuple(value_of(entry) for entry in entries)
+        audits = [record.audit for record in records if record.audit is not None]
+        peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
+        mean, dense = statistics.fmean(values), records[0].spec.target == DENSE
+        # `dense + perp[...]` is the control of `wanda + perp[...]`.
+        later = [step.text for step in records[0].spec.steps[1:]]
+        control = controls.get(" + ".join([DENSE, *later])) if later else None
+        answers = self._of(entries)
+        is_baseline = dense and method == DENSE
+        versus = compare(answers, self._dense) if answers and self._dense and not is_baseline else None
+        back = compare(self._dense, answers) if versus and answers and self._dense and answers.are_right_or_wrong else None
+        return Row(
+            method=method,
+            values=values,
+            seeds=tuple(record.spec.seed for record in records),
+            parts={
+                part: statistics.fmean(entry.score.parts[part] for entry in entries)
+                for part in entries[0].score.parts
+                if all(part in entry.score.parts for entry in entries)
+            },
+            change=None if not self._baseline or is_baseline else mean / self._baseline - 1,
+            control=None if not control or dense else mean / statistics.fmean(control) - 1,
+            tuned=next((record.provenance.tuned for record in records if record.provenance.tuned), None),
+            extra_parameters=max(record.extra_parameters for record in records),
+            prune_seconds=statistics.fmean(record.prune_seconds for record in records),
+            peak_bytes=max(peaks, default=None),
+            sparsity_prunable=statistics.fmean(a.sparsity_prunable for a in audits) if audits else 0.0,
+            sparsity_total=statistics.fmean(a.sparsity_total for a in audits) if audits else 0.0,
+            coverage=statistics.fmean(a.coverage for a in audits) if audits else 0.0,
+            shared_machine=any(record.provenance.shared_machine for record in records),
+            ids=tuple(record.id for record in records),
+            versus=versus.new_items if versus else None,
+            flipped=back.flipped if back else None,
+            guesses=answers.guesses if answers else frozenset(),
+        )
+
+
+def by_seed(entries: Sequence[Measured]) -> list[Measured]:
+    """In the order of their seeds."""
+    return sorted(entries, key=lambda entry: -1 if entry.record.spec.seed is None else entry.record.spec.seed)
+
+
+def value_of(entry: Measured) -> float:
+    """The value, not a number where the score has none."""
+    return math.nan if entry.score.value is None else entry.score.value

@@ -671,7 +671,7 @@ def refuse(*args, **options):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 
 from prunebench.bench.evals.perplexity import Perplexity
-from prunebench.bench.plan import eval_facts
+from prunebench.bench.specs import eval_facts
 from prunebench.toolkit.calibration import calibration_tokens
 from prunebench.toolkit.loading import identify, load_model, resolve_model
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from prunebench.bench.evals import windows as windows_module
 from prunebench.bench.evals.perplexity import Perplexity
-from prunebench.bench.plan import eval_facts
+from prunebench.bench.specs import eval_facts
 from prunebench.errors import DataError, NonFiniteError, OptionError
 from prunebench.spec import EvalFacts, EvalJob, Score
 from prunebench.toolkit.cache import digest_array

@@ -12,7 +12,7 @@ import pytest
 from support import Bench, cases
 
 from prunebench.bench.plan import Planner
-from prunebench.bench.suite import Suite, load_suite, shipped_suites, suites_folder
+from prunebench.bench.suite import Suite, load_suite, shipped_suites, suites_folder, with_dense
 from prunebench.errors import DataError, ModelError, OptionError, RequestError, UnknownNameError
 from prunebench.plugins import load_registry
 
@@ -180,6 +180,53 @@ def test_a_model_that_is_read_back_is_measured_under_other_conditions(folder: Pa
     assert len(set(ids)) == 2
 
 
+def test_an_evaluation_may_be_for_some_targets_and_always_for_the_dense_model(folder: Path) -> None:
+    """A run of another target is the run it would be without that evaluation."""
+    second = '[[eval]]\nuse = "perplexity[data=validation.txt,window=16]"\ntargets = ["0.50"]\n\n[grid]'
+    content = edited("[grid]", second).replace('steps = ["wanda", "random"]\ntargets = ["2:4"]', 'steps = ["dense"]')
+    requests = Planner(load_suite(written(folder, content)), load_registry(), "here", "", "cpu").requests()
+    found = {f"{r.spec.method} {r.spec.target}": [s.conditions["data"] for s in r.spec.evals] for r in requests}
+    both = ["evaluation.txt", "validation.txt"]
+    assert found == {"magnitude 0.5": both, "magnitude 4:8": both[:1], "dense dense": both}
+    assert [len(request.eval_texts) for request in requests] == [2, 1, 2]
+    plain = Planner(load_suite(written(folder, GOOD)), load_registry(), "here", "", "cpu").requests()
+    assert requests[1].spec.id == plain[1].spec.id
+    assert requests[0].spec.id != plain[0].spec.id
+
+
+def test_a_suite_without_a_dense_run_is_completed_with_one(folder: Path) -> None:
+    suite = with_dense(load_suite(written(folder, GOOD)))
+    assert [entry.steps for entry in suite.method] == [("dense",), ("magnitude",), ("wanda", "random")]
+    assert with_dense(suite) == suite
+    retrained = edited('steps = ["magnitude"]', 'steps = ["dense", "perp"]')
+    assert with_dense(load_suite(written(folder, retrained))).method[0].steps == ("dense",)
+
+
+def test_sequences_as_long_as_the_model_takes(folder: Path) -> None:
+    suite = load_suite(written(folder, edited("length = 16", "length = 0")))
+    requests = Planner(suite, load_registry(), "here", "", "cpu").requests()
+    assert requests[-1].spec.recipe.length == 64
+    assert "at least 2 tokens (0 is the model's context)" in complaint(folder, edited("length = 16", "length = 1"))
+
+
+def test_text_that_was_trained_on_is_found_in_the_evaluation(folder: Path) -> None:
+    retrained = edited('steps = ["wanda", "random"]', 'steps = ["magnitude", "perp[steps=1,batch=1]"]').replace(
+        "tokens = 640", "tokens = 100000"
+    )
+    shares = []
+    for text in ("evaluation.txt", "mixed.txt"):
+        trained = (folder / "training.txt").read_text()
+        (folder / "mixed.txt").write_text((folder / "evaluation.txt").read_text() + "\n\n" + trained[: len(trained) // 2])
+        suite = load_suite(written(folder, retrained.replace("data=evaluation.txt", f"data={text}")))
+        planner = Planner(suite, load_registry(), "here", "", "cpu")
+        planner.requests()
+        [found] = planner.overlaps
+        assert found.training == "training.txt"
+        shares.append(found.share)
+    assert shares[0] == 0
+    assert 0.2 < shares[1] < 0.6
+
+
 def test_dense_runs_once_whatever_the_targets(folder: Path) -> None:
     assert planned(folder, edited('steps = ["magnitude"]', 'steps = ["dense"]'))[:2] == [
         "dense dense None",
@@ -273,7 +320,7 @@ WRONG = {
     "no samples": (edited("samples = 4", "samples = 0"), "at calibration.samples: input should be greater than or equal to 1"),
     "short sequences": (
         edited("length = 16", "length = 1"),
-        "at calibration.length: input should be greater than or equal to 2",
+        "at calibration: a length is at least 2 tokens",
     ),
     "name that is a path": (edited('"mine"', '"../mine"'), "at suite.name:"),
     "version": (edited("version = 3", "version = 0"), "at suite.version: input should be greater than or equal to 1"),

@@ -303,13 +303,17 @@ def _plan(
     from prunebench.bench.display import run_label
     from prunebench.bench.machine import machine_slug
     from prunebench.bench.plan import Planner, pick_device
-    from prunebench.bench.suite import load_suite
+    from prunebench.bench.suite import load_suite, with_dense
     from prunebench.plugins import load_registry
     from prunebench.results.records import slug
 
     chosen = narrowed(load_suite(suite), models or [], methods or [])
     name = slug(machine) if machine else machine_slug()
-    requests = Planner(chosen, load_registry(), name, _command(), pick_device(device)).requests()
+    planner = Planner(with_dense(chosen), load_registry(), name, _command(), pick_device(device))
+    requests = planner.requests()
+    for found in planner.overlaps:
+        share = f"{found.share:.2%} of the 13-grams of {found.evaluation} are in the training text {found.training}."
+        _out.print(escape(share), style="dim" if found.share < 0.01 else "yellow")
     labels = [run_label(request.spec) for request in requests]
     if only is not None:
         requests = [request for request, label in zip(requests, labels, strict=True) if only in label]

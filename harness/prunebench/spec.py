@@ -299,6 +299,10 @@ class Eval(abc.ABC):
             DataError: the data cannot be had, or does not fit the model.
         """
 
+    def texts(self, facts: EvalFacts) -> Sequence[str]:  # noqa: ARG002 - the signature is the contract
+        """The texts it reads, for finding them in training text; none where it asks questions."""
+        return ()
+
     @abc.abstractmethod
     def measure(self, job: EvalJob) -> Score:
         """Evaluate `job.model`.

@@ -9,7 +9,8 @@ from prunebench.bench import runner
 from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import check_output, save_pruned
 from prunebench.bench.machine import default_dtype, machine_slug
-from prunebench.bench.plan import Planner, RunRequest, eval_specs, pick_device
+from prunebench.bench.plan import Planner, RunRequest, pick_device
+from prunebench.bench.specs import AskedEval, eval_specs
 from prunebench.bench.suite import (
     Calibration,
     Grid,
@@ -105,7 +106,7 @@ def evaluate_model(
         RequestError: anything that cannot be done; found before the weights are loaded.
     """
     registry = load_registry()
-    built = [(text, registry.eval(parse_step(text))) for text in evals]
+    built = [AskedEval(text, registry.eval(parse_step(text))) for text in evals]
     device = pick_device(device)
     dtype = _checked_dtype(dtype) or default_dtype(device)
     source = resolve_model(name, [Path(), suites_folder()], revision, _checked_allowed(allowed))

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from prunebench.bench.plan import RunRequest, eval_facts
+from prunebench.bench.plan import RunRequest
+from prunebench.bench.specs import eval_facts
 from prunebench.errors import NonFiniteError
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from prunebench.bench.machine import default_device, default_dtype, portable
+from prunebench.bench.machine import default_device, default_dtype
+from prunebench.bench.overlap import Overlap, overlaps
+from prunebench.bench.specs import AskedEval, Method, RunTokens, build_method, eval_facts, eval_specs, run_spec
 from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite, suites_folder
 from prunebench.errors import DataError, RequestError
-from prunebench.options import Step, canonical, parse_step
+from prunebench.options import parse_step
 from prunebench.plugins import Registry
-from prunebench.results.records import EvalSpec, ModelSpec, Recipe, RunSpec, StepSpec, TextSpec
-from prunebench.spec import Changes, Eval, EvalFacts, JsonDict, Needs, Pruner
+from prunebench.results.records import EvalSpec, ModelSpec, RunSpec
+from prunebench.spec import Needs
 from prunebench.targets import Dense, Target, parse_target
-from prunebench.toolkit.calibration import SAMPLER, TokenArray, Tokens, calibration_tokens, packed_windows
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, TokenArray, Tokens, calibration_tokens, packed_windows
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
-from prunebench.toolkit.texts import Source
-
-
-@dataclass(frozen=True)
-class RunTokens:
-    """The token arrays a run may use."""
-
-    calibration: Tokens | None = None
-    training: Tokens | None = None
-    validation: Tokens | None = None
-
-    def arrays(self) -> dict[str, TokenArray | None]:
-        """The arrays by name, as the runner takes them."""
-        return {
-            name: tokens.array if tokens else None
-            for name, tokens in (
-                ("calibration", self.calibration),
-                ("training", self.training),
-                ("validation", self.validation),
-            )
-        }
 
 
 @dataclass(frozen=True)
@@ -64,48 +43,6 @@ class RunRequest:
     tuned: str | None = None
 
 
-@dataclass
-class Method:
-    """A method's pruners, built and checked."""
-
-    pruners: list[Pruner]
-    specs: tuple[StepSpec, ...]
-    targets: tuple[str, ...] | None = None
-    seeds: tuple[int, ...] | None = None
-    calibration: Calibration | None = None
-    tuned: str | None = None
-
-    @property
-    def needs(self) -> Needs:
-        """What any of its steps reads."""
-        found = Needs(0)
-        for pruner in self.pruners:
-            found |= pruner.needs()
-        return found
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether no step lays a mask, so that the target is `dense`."""
-        return not any(pruner.changes() & Changes.MASKS for pruner in self.pruners)
-
-    @property
-    def is_seeded(self) -> bool:
-        """Whether the seed matters: the method uses sampled text or random numbers."""
-        return bool(self.needs & (Needs.CALIBRATION | Needs.GRADIENTS | Needs.TRAINING | Needs.SEED))
-
-
-def build_method(steps: Sequence[str | Step], registry: Registry) -> Method:
-    """Build the pruners of a method.
-
-    Raises:
-        RequestError: an unknown name or option, or a value that does not fit.
-    """
-    parsed = [step if isinstance(step, Step) else parse_step(step) for step in steps]
-    pruners = [registry.pruner(step) for step in parsed]
-    specs = tuple(StepSpec(text=canonical(pruner.name, pruner), revision=pruner.revision) for pruner in pruners)
-    return Method(pruners, specs)
-
-
 _CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
 
 
@@ -118,6 +55,8 @@ class Planner:
     machine: str
     command: str
     device: str = field(default_factory=default_device)
+    overlaps: list[Overlap] = field(default_factory=list)
+    """How much of each evaluation's text was found in training text; filled by `requests`."""
     _tokens: dict[tuple[str, ...], Tokens] = field(default_factory=dict)
 
     def requests(self) -> list[RunRequest]:
@@ -127,7 +66,10 @@ class Planner:
             RequestError: anything in the suite that cannot be done.
         """
         methods = [self._method(entry) for entry in self.suite.method]
-        evals = [(entry.use, self.registry.eval(parse_step(entry.use))) for entry in self.suite.eval]
+        evals = [
+            AskedEval(entry.use, self.registry.eval(parse_step(entry.use)), self._canonical(entry.targets))
+            for entry in self.suite.eval
+        ]
         targets = {text: parse_target(text) for text in self.suite.grid.targets}
         for method in methods:
             targets |= {text: parse_target(text) for text in method.targets or ()}
@@ -136,6 +78,10 @@ class Planner:
             for request in self._of_model(entry, methods, evals, targets):
                 found.setdefault(request.spec.id, request)
         return list(found.values())
+
+    @staticmethod
+    def _canonical(targets: tuple[str, ...] | None) -> frozenset[str] | None:
+        return None if targets is None else frozenset(str(parse_target(text)) for text in targets)
 
     def _method(self, entry: MethodEntry) -> Method:
         method = build_method(entry.steps, self.registry)
@@ -154,7 +100,7 @@ class Planner:
         self,
         entry: ModelEntry,
         methods: list[Method],
-        evals: list[tuple[str, Eval]],
+        evals: list[AskedEval],
         targets: dict[str, Target],
     ) -> list[RunRequest]:
         source = resolve_model(entry.name, [self.suite.folder, suites_folder()], entry.revision, frozenset(entry.allow))
@@ -169,19 +115,25 @@ class Planner:
         )
         conditions = eval_specs(evals, identity, dtype, self.suite.folder, entry.reload)
         found = []
+        trained: dict[str, Tokens] = {}
         for method in methods:
             for target in [Dense()] if method.is_dense else [targets[t] for t in method.targets or self.suite.grid.targets]:
                 for seed in (method.seeds or self.suite.grid.seeds) if method.is_seeded else (None,):
                     tokens = self._run_tokens(method, identity, seed or 0)
-                    _check_texts(tokens, conditions)
-                    spec = run_spec(model, method, target, seed, tokens, conditions)
-                    request = self._request(spec, source, tokens, evals)
+                    chosen = [number for number, asked in enumerate(evals) if asked.wanted_at(target)]
+                    own = tuple(conditions[number] for number in chosen)
+                    _check_texts(tokens, own)
+                    spec = run_spec(model, method, target, seed, tokens, own)
+                    request = self._request(spec, source, tokens, [evals[number].text for number in chosen])
                     found.append(replace(request, reload=entry.reload, tuned=method.tuned))
+                    if tokens.training is not None:
+                        trained[tokens.training.content] = tokens.training
+        self.overlaps += overlaps(evals, list(trained.values()), eval_facts(identity, self.suite.folder))
         return found
 
     def _run_tokens(self, method: Method, identity: ModelIdentity, seed: int) -> RunTokens:
         calibration = training = validation = None
-        length = self.suite.calibration.length if self.suite.calibration else 512
+        length = self._length(self.suite.calibration, identity) if self.suite.calibration else 512
         if method.needs & _CALIBRATED and method.calibration:
             calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
@@ -193,15 +145,20 @@ class Planner:
 
     def _calibration(self, asked: Calibration, identity: ModelIdentity, seed: int) -> Tokens:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
-        self._check_context(identity, 0 if is_file else asked.length, "calibration")
+        length = self._length(asked, identity)
+        self._check_context(identity, 0 if is_file else length, "calibration")
         key = ("calibration", identity.tokenizer_hash, str(seed), asked.model_dump_json())
         if key not in self._tokens:
             vocabulary = identity.vocabulary()
-            self._tokens[key] = calibration_tokens(
-                asked.source, vocabulary, asked.samples, asked.length, seed, self.suite.folder
-            )
+            self._tokens[key] = calibration_tokens(asked.source, vocabulary, asked.samples, length, seed, self.suite.folder)
         self._check_context(identity, self._tokens[key].array.shape[1], "calibration")
         return self._tokens[key]
+
+    @staticmethod
+    def _length(asked: Calibration, identity: ModelIdentity) -> int:
+        """Tokens a sequence: as asked, or the model's context, at most 2048."""
+        context = int(getattr(identity.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
+        return asked.length or min(context, DEFAULT_LENGTH)
 
     def _check_context(self, identity: ModelIdentity, length: int, kind: str) -> None:
         context = getattr(identity.config.get_text_config(), "max_position_embeddings", length)
@@ -214,14 +171,14 @@ class Planner:
             self._tokens[key] = packed_windows(source, split, identity.vocabulary(), length, tokens, self.suite.folder)
         return self._tokens[key]
 
-    def _request(self, spec: RunSpec, source: ModelSource, tokens: RunTokens, evals: list[tuple[str, Eval]]) -> RunRequest:
+    def _request(self, spec: RunSpec, source: ModelSource, tokens: RunTokens, evals: list[str]) -> RunRequest:
         limits = self.suite.limits
         return RunRequest(
             spec=spec,
             model=source,
             folder=str(self.suite.folder),
             tokens=tokens.arrays(),
-            eval_texts=tuple(text for text, _ in evals),
+            eval_texts=tuple(evals),
             machine=self.machine,
             suite=self.suite.suite.name,
             command=self.command,
@@ -265,68 +222,3 @@ def pick_device(asked: str | None) -> str:
     if device.type not in ("cpu", "cuda"):
         raise RequestError(f"--device is cpu, cuda or cuda:N, not {asked!r}.")
     return asked
-
-
-def run_spec(
-    model: ModelSpec,
-    method: Method,
-    target: Target,
-    seed: int | None,
-    tokens: RunTokens,
-    evals: tuple[EvalSpec, ...],
-) -> RunSpec:
-    """The spec of one run."""
-    calibration, training = tokens.calibration, tokens.training
-    from_file = calibration is not None and calibration.source.name.endswith(".npy")
-    recipe = Recipe(
-        calibration=text_spec(calibration.source) if calibration else None,
-        sampler=("as given" if from_file else SAMPLER) if calibration else None,
-        samples=calibration.array.shape[0] if calibration else None,
-        length=calibration.array.shape[1] if calibration else None,
-        training=text_spec(training.source) if training else None,
-        training_tokens=training.array.size if training else None,
-    )
-    return RunSpec(
-        model=model,
-        steps=method.specs,
-        target=str(target),
-        seed=seed,
-        recipe=recipe,
-        calibration_tokens=calibration.content if calibration else None,
-        training_tokens=training.content if training else None,
-        validation_tokens=tokens.validation.content if tokens.validation else None,
-        evals=evals,
-    )
-
-
-def eval_specs(
-    evals: list[tuple[str, Eval]], identity: ModelIdentity, dtype: str, folder: Path, reloaded: bool = False
-) -> tuple[EvalSpec, ...]:
-    """The evaluations with their conditions: what the evaluation says, and what all of them depend on."""
-    facts = eval_facts(identity, folder)
-    common: JsonDict = {
-        "weights": identity.weights,
-        "tokenizer": identity.tokenizer_hash,
-        "dtype": dtype,
-        "attention": identity.attention,
-        "prunable": "linear weights of the decoder blocks",
-        **({"reloaded": True} if reloaded else {}),
-    }
-    return tuple(
-        EvalSpec(
-            text=portable(text),
-            revision=evaluation.revision,
-            conditions={"eval": evaluation.name, **evaluation.conditions(facts), **common},
-        )
-        for text, evaluation in evals
-    )
-
-
-def eval_facts(identity: ModelIdentity, folder: Path) -> EvalFacts:
-    """What an evaluation may look at."""
-    return EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(folder))
-
-
-def text_spec(source: Source) -> TextSpec:
-    """A source as a record keeps it."""
-    return TextSpec(**asdict(source))

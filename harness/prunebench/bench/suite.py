@@ -62,7 +62,14 @@ class Calibration(_Section):
 
     source: str
     samples: Annotated[int, Field(ge=1)] = 128
-    length: Annotated[int, Field(ge=2)] = 2048
+    length: Annotated[int, Field(ge=0)] = 2048
+    """Tokens a sequence; 0 is the model's context, at most 2048."""
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> Calibration:
+        if self.length == 1:
+            raise ValueError("a length is at least 2 tokens (0 is the model's context)")
+        return self
 
 
 class Training(_Section):
@@ -90,9 +97,10 @@ class MethodEntry(_Section):
 
 
 class EvalEntry(_Section):
-    """An evaluation with its options."""
+    """An evaluation with its options, and the targets it is for where it is not for all; the dense model is always measured."""
 
     use: str
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
 
 
 class Grid(_Section):
@@ -123,6 +131,13 @@ class Suite(_Section):
     grid: Grid
     limits: Limits = Limits()
     folder: Path = Path()
+
+
+def with_dense(suite: Suite) -> Suite:
+    """The suite, with the dense model first where it has no such run: every table needs it."""
+    if any(tuple(map(str.strip, entry.steps)) == ("dense",) for entry in suite.method):
+        return suite
+    return suite.model_copy(update={"method": (MethodEntry(steps=("dense",)), *suite.method)})
 
 
 def suites_folder() -> Path:

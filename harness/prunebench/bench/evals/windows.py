@@ -60,6 +60,14 @@ class WindowEval(Eval):
             "windows": windows,
         }
 
+    def texts(self, facts: EvalFacts) -> list[str]:
+        """The text as far as windows are cut from it."""
+        if facts.tokenizer is None:
+            return []
+        stream, _ = self._stream(facts)
+        window = self._window(facts, stream)
+        return [str(facts.tokenizer.decode(stream.ids[: self._count(stream, window) * window].tolist()))]
+
     def batches(self, job: EvalJob, models: int = 1) -> Iterator[torch.Tensor]:
         """The windows in order, [batch, window] on the device, as many at a time as the logits of `models` models allow."""
         stream, _ = self._stream(job.facts)

@@ -1,0 +1,160 @@
+"""What a run is made of, checked: pruners, token arrays, evaluations with their conditions, and the spec of it all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prunebench.bench.machine import portable
+from prunebench.bench.suite import Calibration
+from prunebench.options import Step, canonical, parse_step
+from prunebench.plugins import Registry
+from prunebench.results.records import EvalSpec, ModelSpec, Recipe, RunSpec, StepSpec, TextSpec
+from prunebench.spec import Changes, Eval, EvalFacts, JsonDict, Needs, Pruner
+from prunebench.targets import Dense, Target
+from prunebench.toolkit.calibration import SAMPLER, TokenArray, Tokens
+from prunebench.toolkit.loading import ModelIdentity
+from prunebench.toolkit.texts import Source
+
+
+@dataclass(frozen=True)
+class RunTokens:
+    """The token arrays a run may use."""
+
+    calibration: Tokens | None = None
+    training: Tokens | None = None
+    validation: Tokens | None = None
+
+    def arrays(self) -> dict[str, TokenArray | None]:
+        """The arrays by name, as the runner takes them."""
+        return {
+            name: tokens.array if tokens else None
+            for name, tokens in (
+                ("calibration", self.calibration),
+                ("training", self.training),
+                ("validation", self.validation),
+            )
+        }
+
+
+@dataclass
+class Method:
+    """A method's pruners, built and checked."""
+
+    pruners: list[Pruner]
+    specs: tuple[StepSpec, ...]
+    targets: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    calibration: Calibration | None = None
+    tuned: str | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """What any of its steps reads."""
+        found = Needs(0)
+        for pruner in self.pruners:
+            found |= pruner.needs()
+        return found
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no step lays a mask, so that the target is `dense`."""
+        return not any(pruner.changes() & Changes.MASKS for pruner in self.pruners)
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether the seed matters: the method uses sampled text or random numbers."""
+        return bool(self.needs & (Needs.CALIBRATION | Needs.GRADIENTS | Needs.TRAINING | Needs.SEED))
+
+
+def build_method(steps: Sequence[str | Step], registry: Registry) -> Method:
+    """Build the pruners of a method.
+
+    Raises:
+        RequestError: an unknown name or option, or a value that does not fit.
+    """
+    parsed = [step if isinstance(step, Step) else parse_step(step) for step in steps]
+    pruners = [registry.pruner(step) for step in parsed]
+    specs = tuple(StepSpec(text=canonical(pruner.name, pruner), revision=pruner.revision) for pruner in pruners)
+    return Method(pruners, specs)
+
+
+def run_spec(
+    model: ModelSpec,
+    method: Method,
+    target: Target,
+    seed: int | None,
+    tokens: RunTokens,
+    evals: tuple[EvalSpec, ...],
+) -> RunSpec:
+    """The spec of one run."""
+    calibration, training = tokens.calibration, tokens.training
+    from_file = calibration is not None and calibration.source.name.endswith(".npy")
+    recipe = Recipe(
+        calibration=text_spec(calibration.source) if calibration else None,
+        sampler=("as given" if from_file else SAMPLER) if calibration else None,
+        samples=calibration.array.shape[0] if calibration else None,
+        length=calibration.array.shape[1] if calibration else None,
+        training=text_spec(training.source) if training else None,
+        training_tokens=training.array.size if training else None,
+    )
+    return RunSpec(
+        model=model,
+        steps=method.specs,
+        target=str(target),
+        seed=seed,
+        recipe=recipe,
+        calibration_tokens=calibration.content if calibration else None,
+        training_tokens=training.content if training else None,
+        validation_tokens=tokens.validation.content if tokens.validation else None,
+        evals=evals,
+    )
+
+
+@dataclass(frozen=True)
+class AskedEval:
+    """An evaluation of a suite."""
+
+    text: str
+    """As written, for building it again."""
+    evaluation: Eval
+    targets: frozenset[str] | None = None
+    """The targets it is for; None for all. The dense model is measured by every one."""
+
+    def wanted_at(self, target: Target) -> bool:
+        """Whether runs at this target are measured by it."""
+        return self.targets is None or isinstance(target, Dense) or str(target) in self.targets
+
+
+def eval_specs(
+    evals: Sequence[AskedEval], identity: ModelIdentity, dtype: str, folder: Path, reloaded: bool = False
+) -> tuple[EvalSpec, ...]:
+    """The evaluations with their conditions: what the evaluation says, and what all of them depend on."""
+    facts = eval_facts(identity, folder)
+    common: JsonDict = {
+        "weights": identity.weights,
+        "tokenizer": identity.tokenizer_hash,
+        "dtype": dtype,
+        "attention": identity.attention,
+        "prunable": "linear weights of the decoder blocks",
+        **({"reloaded": True} if reloaded else {}),
+    }
+    return tuple(
+        EvalSpec(
+            text=portable(asked.text),
+            revision=asked.evaluation.revision,
+            conditions={"eval": asked.evaluation.name, **asked.evaluation.conditions(facts), **common},
+        )
+        for asked in evals
+    )
+
+
+def eval_facts(identity: ModelIdentity, folder: Path) -> EvalFacts:
+    """What an evaluation may look at."""
+    return EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(folder))
+
+
+def text_spec(source: Source) -> TextSpec:
+    """A source as a record keeps it."""
+    return TextSpec(**asdict(source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from prunebench.results import leaderboard
 from prunebench.results.board import Board
+from prunebench.results.contest import Contest
+from prunebench.results.explain import Explanation
 from prunebench.results.records import RunRecord
 
 WIDE = 132
@@ -83,6 +85,56 @@ def draw_board(board: Board) -> str:
     return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)
 
 
+def print_explanations(explanations: Sequence[Explanation], console: Console) -> None:
+    """Whether two scores may be compared, and every field in which they differ."""
+    for found in explanations:
+        verdict = "[green]may be ranked together[/]" if found.comparable else "[red]may not be ranked together[/]"
+        names = found.first if found.first == found.second else f"{found.first} / {found.second}"
+        console.print(f"\n[bold]{escape(names)}[/]: {verdict}")
+        if not found.points:
+            continue
+        grid = Table(box=SIMPLE)
+        for heading in ("field", "A", "B", "consequence"):
+            grid.add_column(heading, overflow="fold")
+        for point in sorted(found.points, key=lambda point: point.consequence is None):
+            style = "dim" if point.consequence is None else ""
+            grid.add_row(*map(escape, (point.field, point.first, point.second, point.consequence or "none")), style=style)
+        console.print(grid)
+
+
+def print_contests(contests: Sequence[Contest], console: Console) -> None:
+    """Two rows, score by score."""
+    for contest in contests:
+        share, exponential = contest.score.unit == "accuracy", bool(contest.score.sample and contest.score.sample.exponential)
+        console.print(f"\n[bold]{escape(contest.name)}[/]")
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim")
+        facts.add_column()
+        for name, values in (("A", contest.first), ("B", contest.second)):
+            facts.add_row(name, ", ".join(leaderboard.value_text(value, share) for value in values) + f"  {contest.score.unit}")
+        if contest.comparison is None:
+            facts.add_row("A - B", "cannot be compared item by item: other items, no seed in common, or no items kept")
+            console.print(facts)
+            continue
+        found = contest.comparison
+        seeds = "deterministic" if found.seeds == (None,) else f"seeds {', '.join(map(str, found.seeds))}"
+        now, later = (leaderboard.difference_text(each, exponential, share) for each in (found.new_items, found.new_seeds))
+        facts.add_row(f"A - B{' %' if exponential else ' points' if share else ''}", f"{now}  these seeds, new text ({seeds})")
+        corrected = "" if contest.corrected is None else f", {contest.corrected:.3g} after Holm over {len(contests)} scores"
+        facts.add_row("p", f"{found.new_items.p_value:.3g}{corrected}")
+        few = "" if found.new_seeds.supports_rank else "; fewer than 5 seeds, so nothing rests on it"
+        facts.add_row("", f"{later if found.new_seeds.is_known else 'no interval'}  new seeds too{few}")
+        least = leaderboard.difference_size(found.detectable, exponential, share)
+        facts.add_row("could show", f"true differences from {least} on, four times of five")
+        if found.first.are_right_or_wrong:
+            for seed, flips in zip(found.seeds, found.flips, strict=True):
+                label = "flips" if seed is None else f"flips, seed {seed}"
+                lost, won = flips.right_to_wrong, flips.wrong_to_right
+                text = f"{lost} right to wrong, {won} wrong to right of {flips.asked:,} ({flips.share:.1%})"
+                facts.add_row(label, text + (f", McNemar p {flips.p_value:.3g}" if len(found.first.tasks) == 1 else ""))
+        console.print(facts)
+
+
 def print_record(record: RunRecord, path: str, console: Console) -> None:
     """One record, readable."""
     spec = record.spec
@@ -114,7 +166,10 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
         fact("extra zeros", str(audit.extra_zeros))
         fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
     for name, score in record.scores.items():
-        fact(name, f"{leaderboard.number(score.value)} ({score.seconds:.1f} s)")
+        shown = "no mean" if score.value is None else f"{score.value:.6g}"
+        fact(name, f"{shown} ({score.seconds:.1f} s)")
+        for part, value in score.parts.items():
+            fact(f"  {part}", f"{value:.4g}")
         fact("  conditions", ", ".join(f"{key}={value}" for key, value in score.conditions.items()))
     made = record.provenance
     fact("made by", made.command)

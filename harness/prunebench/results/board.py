@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunebench.results.comparison import LoadItems, Measured
-from prunebench.results.records import Recipe, RunRecord, SampleRecord, ScoreRecord, TextSpec, fingerprint
+from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, eval_revision, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
 
@@ -27,7 +27,7 @@ class Table:
     training: Recipe | None = None
     """The recipe of rows that were trained on text; None where none was."""
     detectable: float | None = None
-    """The smallest true difference of two rows that would have been shown with 80% power, median over pairs; None without ranks."""
+    """The smallest true difference of two rows that would have shown with 80% power, median over pairs; None without ranks."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def build_board(
     for record in present:
         if record.status == "ok":
             for name, score in record.scores.items():
-                measured = {"conditions": dict(score.conditions), "revision": _eval_revision(record, score)}
+                measured = {"conditions": dict(score.conditions), "revision": eval_revision(record, score)}
                 key = (record.machine, record.spec.model.name, fingerprint(measured))
                 buckets.setdefault(key, []).append(Measured(record, name, score))
     sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load)]
@@ -205,10 +205,6 @@ def _training(entry: Measured) -> str:
     if recipe.training is None and recipe.training_tokens is None:
         return ""
     return fingerprint(Recipe(training=recipe.training, training_tokens=recipe.training_tokens))
-
-
-def _eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:
-    return next((spec.revision for spec in record.spec.evals if spec.conditions == score.conditions), None)
 
 
 def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:

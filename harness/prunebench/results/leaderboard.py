@@ -11,6 +11,7 @@ import pandas as pd
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
+from prunebench.results.statistics import Difference
 
 _GUESS = " ≈"
 """Stands behind an accuracy whose interval covers guessing."""
@@ -85,16 +86,30 @@ def _versus(section: Section, row: Row) -> str:
     """The difference from dense with its interval: of perplexities relative, of shares in points."""
     if row.versus is None:
         return _percent(row.change)
-    found = [row.versus.estimate, row.versus.low, row.versus.high]
-    if section.is_ratio:
-        found = [100 * math.expm1(min(value, 700.0)) for value in found]
-    elif section.is_share:
-        found = [100 * value for value in found]
-    digits = 1 if section.is_ratio or section.is_share else 4
-    middle, low, high = (f"{value:+,.{digits}f}" for value in found)
-    if not row.versus.is_known:
-        return middle
-    return f"{middle} [{low}, {high}]"
+    return difference_text(row.versus, section.is_ratio, section.is_share)
+
+
+def difference_text(found: Difference, exponential: bool, share: bool) -> str:
+    """A difference with its interval: of logarithms in per cent of their exponentials, of shares in points."""
+    values = [found.estimate, found.low, found.high]
+    if exponential:
+        values = [100 * math.expm1(min(value, 700.0)) for value in values]
+    elif share:
+        values = [100 * value for value in values]
+    middle, low, high = (f"{value:+,.{1 if exponential or share else 4}f}" for value in values)
+    return f"{middle} [{low}, {high}]" if found.is_known else middle
+
+
+def difference_size(size: float, exponential: bool, share: bool) -> str:
+    """The size of a difference, in the same units."""
+    if exponential:
+        return f"{math.expm1(size):.1%}"
+    return f"{100 * size:.1f} points" if share else f"{size:.4f}"
+
+
+def value_text(value: float | None, share: bool) -> str:
+    """A value; shares in per cent."""
+    return number(100 * value if share and value is not None else value)
 
 
 def _percent(change: float | None) -> str:
@@ -148,7 +163,7 @@ def describe(record: RunRecord) -> str:
 
 
 def number(value: float | None, like: float | None = None) -> str:
-    """Two decimals, four where the value (or what it is printed beside) is small, none and thousands marked where it is large."""
+    """Two decimals, four where the value (or what it is printed beside) is small, none where it is large, thousands marked."""
     if value is None or math.isnan(value):
         return "–"
     size = abs(value if like is None else like)
@@ -209,10 +224,7 @@ def table_limits(section: Section, table: Table) -> str | None:
     if table.detectable is None:
         unranked = sum(not math.isnan(row.mean) for row in table.rows if row.method != DENSE)
         return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
-    if section.is_ratio:
-        least = f"{math.expm1(table.detectable):.1%}"
-    else:
-        least = f"{100 * table.detectable:.1f} points" if section.is_share else f"{table.detectable:.4f}"
+    least = difference_size(table.detectable, section.is_ratio, section.is_share)
     return f"A true difference of two rows below about {least} had less than an 80% chance to show, before the correction."
 
 

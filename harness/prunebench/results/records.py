@@ -261,6 +261,11 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:
+    """The revision of the evaluation that gave a score."""
+    return next((spec.revision for spec in record.spec.evals if spec.conditions == score.conditions), None)
+
+
 def canonical_json(data: Any) -> str:
     """One spelling for equal data: sorted keys, no spaces."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,131 @@
+"""`prunebench show`, `explain`, `compare` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from prunebench.cli.program import Results, app, open_store, terminal
+from prunebench.errors import RequestError
+
+if TYPE_CHECKING:
+    from prunebench.results.records import RunRecord
+
+
+@app.command()
+def show(
+    record_id: Annotated[str, typer.Argument(metavar="ID", help="The id of a run, or its first digits.")],
+    results: Results = Path("results"),
+) -> None:
+    """Show one record, readable.
+
+    Example: prunebench show 3f2a
+    """
+    from prunebench.show import print_record
+
+    found = [stored for stored in open_store(results).all() if stored.record.id.startswith(record_id)]
+    if not found:
+        raise RequestError(f"no record in {results} has an id that begins with {record_id!r}.")
+    for stored in found:
+        print_record(stored.record, stored.path, terminal)
+
+
+@app.command()
+def explain(
+    first: Annotated[str, typer.Argument(metavar="A", help="The id of a run, or its first digits.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another's.")],
+    results: Results = Path("results"),
+) -> None:
+    """Say field by field why the scores of two runs may or may not be compared.
+
+    Example: prunebench explain 3f2a 91bc
+    """
+    from prunebench.results.explain import explain as explained
+    from prunebench.show import print_explanations
+
+    records = _records(results, first, second)
+    found = explained(*records)
+    _introduce(records)
+    if not found:
+        terminal.print("They share no evaluation, so there is nothing to compare.")
+    print_explanations(found, terminal)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="The id of a run, or its first digits; all its seeds count.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another's.")],
+    results: Results = Path("results"),
+) -> None:
+    """Compare two rows of the board item by item: difference, interval, p, flips, and what could have been shown.
+
+    Example: prunebench compare 3f2a 91bc
+    """
+    from prunebench.results.contest import contests, row_of
+    from prunebench.show import print_contests
+
+    store = open_store(results)
+    records = _records(results, first, second)
+    everything = [stored.record for stored in store.latest()]
+    found = contests(row_of(records[0], everything), row_of(records[1], everything), store.items)
+    if not found:
+        raise RequestError(
+            f"they share no score measured under the same conditions: see `prunebench explain {first} {second}`."
+        )
+    _introduce(records)
+    print_contests(found, terminal)
+
+
+@app.command()
+def report(
+    results: Results = Path("results"),
+    out: Annotated[Path | None, typer.Option("--out", help="Write the board as Markdown to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw the board as an SVG picture.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Only sections whose title contains this.")] = None,
+) -> None:
+    """Make the leaderboard from the records.
+
+    Example: prunebench report --out leaderboard.md
+    """
+    from prunebench.plugins import load_registry
+    from prunebench.results.board import build_board
+    from prunebench.results.files import write_text
+    from prunebench.results.leaderboard import to_markdown
+    from prunebench.show import draw_board, print_board
+
+    revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
+    store = open_store(results)
+    board = build_board(store.latest(), revisions, store.items).only(only or "")
+    print_board(board, terminal)
+    for path, text in ((out, to_markdown), (picture, draw_board)):
+        if path is not None:
+            write_text(path, text(board))
+            terminal.print(f"\nWritten to {escape(str(path))}.")
+
+
+def _records(results: Path, *ids: str) -> list[RunRecord]:
+    """The latest runs with these ids.
+
+    Raises:
+        RequestError: there is none, or more than one, or it has no scores.
+    """
+    latest = [stored.record for stored in open_store(results).latest()]
+    found = []
+    for run_id in ids:
+        matching = [record for record in latest if record.id.startswith(run_id)]
+        if len(matching) != 1:
+            raise RequestError(f"{len(matching) or 'no'} runs in {results} have an id that begins with {run_id!r}.")
+        if matching[0].status != "ok":
+            raise RequestError(f"the run {run_id} has no scores: it is {matching[0].status}.")
+        found.append(matching[0])
+    return found
+
+
+def _introduce(records: list[RunRecord]) -> None:
+    from prunebench.results.leaderboard import describe
+
+    for name, record in zip("AB", records, strict=True):
+        terminal.print(f"{name}: {escape(describe(record))}")

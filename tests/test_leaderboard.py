@@ -17,8 +17,10 @@ import pytest
 from support import C4_TEXT, CONDITIONS, make_record, make_spec
 
 from prunebench.plugins import load_registry
+from prunebench.results.beside import beside
 from prunebench.results.board import Board, build_board
 from prunebench.results.leaderboard import number, target_title, to_markdown
+from prunebench.results.published import load_published
 from prunebench.results.records import EvalSpec, Recipe, RunRecord
 from prunebench.results.store import ResultStore, Stored
 
@@ -510,8 +512,10 @@ needs_records = pytest.mark.skipif(not COMMITTED, reason="no records are committ
 @needs_records
 def test_the_committed_page_is_what_the_committed_records_give() -> None:
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
-    latest = ResultStore(RESULTS, pytest.fail).latest()
-    fresh = to_markdown(build_board(latest, revisions))
+    store = ResultStore(RESULTS, pytest.fail)
+    latest = store.latest()
+    placed = beside(load_published(RESULTS / "published"), [item.record for item in latest])
+    fresh = to_markdown(build_board(latest, revisions, store.items), placed)
     assert PAGE.read_text(encoding="utf-8") == fresh, "run `prunebench report --out leaderboard.md`"
 
 

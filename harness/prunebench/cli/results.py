@@ -91,16 +91,23 @@ def report(
     Example: prunebench report --out leaderboard.md
     """
     from prunebench.plugins import load_registry
+    from prunebench.results.beside import beside, counts
     from prunebench.results.board import build_board
     from prunebench.results.files import write_text
     from prunebench.results.leaderboard import to_markdown
+    from prunebench.results.published import load_published
     from prunebench.show import draw_board, print_board
 
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
     store = open_store(results)
-    board = build_board(store.latest(), revisions, store.items).only(only or "")
+    latest = store.latest()
+    board = build_board(latest, revisions, store.items).only(only or "")
+    papers = results / "published"
+    placed = beside(load_published(papers), [stored.record for stored in latest]) if papers.is_dir() else []
     print_board(board, terminal)
-    for path, text in ((out, to_markdown), (picture, draw_board)):
+    if placed and not only:
+        terminal.print(f"\n{counts(placed)}")
+    for path, text in ((out, lambda board: to_markdown(board, placed)), (picture, draw_board)):
         if path is not None:
             write_text(path, text(board))
             terminal.print(f"\nWritten to {escape(str(path))}.")

@@ -88,7 +88,7 @@ class Section:
     @property
     def data(self) -> str:
         """The evaluation's data as a record's text source prints it, or the names of its tasks."""
-        if "tasks" in self.conditions:
+        if isinstance(self.conditions.get("tasks"), dict):
             return str(self.conditions.get("set") or ", ".join(self.conditions["tasks"]))
         keys = ("config", "split", "origin", "content")
         text = TextSpec(

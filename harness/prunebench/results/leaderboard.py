@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
@@ -17,12 +18,14 @@ _GUESS = " ≈"
 """Stands behind an accuracy whose interval covers guessing."""
 
 
-def to_markdown(board: Board) -> str:
-    """The page, as `leaderboard.md`."""
+def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
+    """The page, as `leaderboard.md`, with published numbers beside ours where both are of the same thing."""
     parts = [_INTRODUCTION]
     if not board.sections:
         parts.append("There are no results yet: `make leaderboard` runs the quickstart.")
     parts += [_section_markdown(section) for section in board.sections]
+    if published:
+        parts.append(_published_markdown(published))
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
         if records:
             lines = [f"* {_one_line(f'{describe(record)}: {_reason(record)}')}" for record in records]
@@ -116,6 +119,14 @@ def _percent(change: float | None) -> str:
     return "" if change is None else f"{change:+.1%}"
 
 
+def _published_markdown(published: Sequence[Beside]) -> str:
+    parts = ["## Published numbers", _PUBLISHED, f"{counts(published)[:1].upper()}{counts(published)[1:]}."]
+    rows = [[_one_line(cell) for cell in one.cells()] for one in matched(published)]
+    if rows:
+        parts.append(pd.DataFrame(rows, columns=list(HEADINGS)).to_markdown(index=False, disable_numparse=True))
+    return "\n\n".join(parts)
+
+
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
@@ -146,8 +157,10 @@ def _what(conditions: Mapping[str, Any]) -> str:
     """What was asked, in a few words."""
     if "windows" in conditions:
         return f"{conditions['windows']} windows of {conditions.get('window', '?')} tokens"
-    tasks: Mapping[str, Any] = conditions.get("tasks") or {}
-    questions = sum(int(facts.get("items", 0)) for facts in tasks.values())
+    tasks = conditions.get("tasks")
+    questions = conditions.get("questions", 0)
+    if isinstance(tasks, dict):
+        questions = sum(int(facts.get("items", 0)) for facts in tasks.values())
     asked = [f"{questions:,} questions"]
     if conditions.get("limit"):
         asked.append(f"the first {conditions['limit']} of each task")
@@ -197,6 +210,11 @@ same zeros as a share of all parameters. `coverage %` is the share of the blocks
 pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original
 cost of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*`
 marks costs measured while other processes took cores that the run needed. An accuracy with ≈ cannot be told from guessing."""
+
+
+_PUBLISHED = """Numbers of the papers are kept in `results/published/`. One stands beside ours only where model, method, target, every
+stated condition and the content of the full data set agree; `reproduced` is within 1% of a perplexity, or two standard errors of
+an accuracy. A copy of another paper's number confirms nothing."""
 
 
 def _section_markdown(section: Section) -> str:

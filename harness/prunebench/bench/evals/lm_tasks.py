@@ -8,6 +8,7 @@ split, which the conditions say, and few-shot examples cannot be had.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from prunebench.bench.evals.task_index import SETS, TaskIndex, file_index, stock_index
+from prunebench.bench.evals.task_index import SETS, TaskIndex, file_index, local_files, stock_index
 from prunebench.errors import DataError, OptionError, UnknownNameError
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
@@ -35,9 +37,12 @@ _WORDING = (
     "doc_to_choice",
     "target_delimiter",
     "fewshot_delimiter",
+    "gen_prefix",
     "process_docs",
+    "process_results",
+    "filter_list",
 )
-"""Parts of a definition that a question's wording depends on."""
+"""Parts of a definition that a question's wording, or what counts as right, depends on."""
 
 _SHOWN = 20
 """Questions whose wording goes into a prompt's hash; the definition and the data are hashed whole."""
@@ -76,7 +81,7 @@ def load_tasks(asked: str, shots: int, folder: Path) -> TaskSet:
     Raises:
         UnknownNameError: there is no such task.
         DataError: data are missing; of a set's members only if all of them are.
-        OptionError: a task is not answered by likelihood.
+        OptionError: a task is not answered by likelihood, asked twice, or never asked with examples.
     """
     with quiet():
         if asked.endswith(".yaml"):
@@ -97,18 +102,29 @@ def load_tasks(asked: str, shots: int, folder: Path) -> TaskSet:
                 missing[name] = str(error)
         if not members:
             raise DataError(f"no task of {asked} can be had: {'; '.join(missing.values())}")
+        _check_once([*(leaf for member in members for leaf in member.tasks), *missing])
         return TaskSet(members, missing)
 
 
+def _check_once(names: Sequence[str]) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"zero_shot: the task {twice} is asked for twice; each counts once.")
+
+
 def gold_of(task: Task, doc: Mapping[str, Any]) -> int | None:
-    """The number of the right choice, or None where the data do not say; 0 for a task whose answer is a text."""
+    """The number of the right choice, the first of several; 0 for an answer that is a text; None where the data do not say."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "loglikelihood":
         return 0 if str(gold).strip() else None
     choices = task.doc_to_choice(doc)
-    if isinstance(gold, str):
-        gold = choices.index(gold) if gold in choices else None
-    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
+    found = [choices.index(one) if isinstance(one, str) and one in choices else one for one in _listed(gold)]
+    if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
+        return None
+    return int(found[0])
+
+
+def _listed(gold: Any) -> list[Any]:
+    return gold if isinstance(gold, list) else [gold]
 
 
 @contextlib.contextmanager
@@ -126,6 +142,9 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_WITHOUT_NETWORK = " Without a network set PRUNEBENCH_MIRROR to a folder with its data."
+
+
 def _built(index: TaskIndex, name: str, shots: int) -> dict[str, Task]:
     leaves = index.leaves(name)
     folders = sorted({str((index.root / index.entries[leaf]["file"]).parent) for leaf in leaves})
@@ -136,13 +155,14 @@ def _built(index: TaskIndex, name: str, shots: int) -> dict[str, Task]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - the Hub's client and strangers' definitions raise dozens of kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"the task {name} cannot be loaded: {reason}. Without a network set PRUNEBENCH_MIRROR to a folder with its data."
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        where = "" if all("custom_dataset" in spec for spec in specs) else _WITHOUT_NETWORK
+        raise DataError(f"the task {name} cannot be loaded: {type(error).__name__}: {reason}.{where}") from None
     for leaf, task in loaded.items():
         if task.OUTPUT_TYPE not in ANSWERED:
             raise OptionError(f"zero_shot: {leaf} is a task of kind {task.OUTPUT_TYPE}; it takes {' and '.join(ANSWERED)}.")
+        if shots and task.get_config("num_fewshot") == 0:  # lm-eval keeps to that, whatever it is asked
+            raise OptionError(f"zero_shot: the definition of {leaf} forbids examples (num_fewshot: 0), so shots must be 0.")
     return {leaf: loaded[leaf] for leaf in leaves}
 
 
@@ -154,29 +174,30 @@ def _data_of(name: str, manager: TaskManager, shots: int) -> JsonDict:
     """
     entry = manager.task_index[name]
     definition: Mapping[str, Any] = entry.cfg or {}
-    path = str(definition.get("dataset_path"))
-    files = (definition.get("dataset_kwargs") or {}).get("data_files")
-    if path == "json" and isinstance(files, dict):
-        beside = Path(entry.yaml_path).parent
-        return {"custom_dataset": _reader({split: beside / file for split, file in files.items()})}
+    files = local_files(definition, Path(str(entry.yaml_path)).parent)
+    if files is not None:
+        return {"custom_dataset": _reader(files)}
     copy = mirror()
     if copy is None:
         return {}
-    config = str(definition.get("dataset_name") or "default")
+    path, config = str(definition.get("dataset_path")), definition.get("dataset_name") or "default"
     there = {file.stem: file for file in sorted((Path(copy) / "datasets" / path / config).glob("*.jsonl"))}
     asked = {key: definition.get(f"{key}_split") for key in ("test", "validation", "training", "fewshot")}
     splits = {key: split for key, split in asked.items() if split in there}
-    if not {"test", "validation"} & set(splits):
+    evaluated = splits.get("test") or splits.get("validation")
+    if evaluated is None:
         wanted = asked["test"] or asked["validation"]
         raise DataError(
             f"the task {name} needs {path}/{config}/{wanted}.jsonl, and PRUNEBENCH_MIRROR has "
             f"{', '.join(there) or 'nothing of it'}."
         )
-    if shots and not {"fewshot", "training", "validation" if "test" in splits else "training"} & set(splits):
+    if evaluated != asked["test"] and splits.get("fewshot") == evaluated:
+        del splits["fewshot"]  # a question would be its own example
+    if shots and not {split for key, split in splits.items() if key == "fewshot" or split != evaluated}:
         raise DataError(f"the task {name} needs examples for {shots} shots, and PRUNEBENCH_MIRROR has {', '.join(there)} only.")
     changes: JsonDict = {f"{key}_split": None for key, split in asked.items() if split is not None and key not in splits}
     if asked["test"] and "test" not in splits:
-        conversion = f"{asked['validation']} stands in for {asked['test']}"
+        conversion = f"{evaluated} stands in for {asked['test']}"
         changes["metadata"] = {**(definition.get("metadata") or {}), "conversion": conversion}
     return {"custom_dataset": _reader({split: there[split] for split in splits.values()}), **changes}
 
@@ -187,20 +208,39 @@ def _reader(files: Mapping[str, Path]) -> Callable[..., Any]:
     def read(**_: Any) -> Any:
         import datasets
 
-        found = {}
-        for split, path in files.items():
-            try:
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path.name} cannot be read as JSON lines: {error}.") from None
-            found[split] = datasets.Dataset.from_list(rows)
-        return found
+        return {split: datasets.Dataset.from_list(_rows(path)) for split, path in files.items()}
 
     return read
 
 
-def facts_of(member: Member) -> JsonDict:
-    """What of a member's definitions and data is a condition of a score.
+def _rows(path: Path) -> list[JsonDict]:
+    """The rows of a file of JSON lines.
+
+    Raises:
+        DataError: it is not there, not such a file, or empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
+    except OSError as error:
+        raise DataError(f"the file {path.name} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"the file {path.name} is not UTF-8: {error.reason} at byte {error.start}.") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise DataError(f"{path.name}, line {number}, is not JSON: {error}.") from None
+        if row is not None and not isinstance(row, dict):
+            raise DataError(f"{path.name}, line {number}, is no object with named columns.")
+        rows += [] if row is None else [row]
+    if not rows:
+        raise DataError(f"the file {path.name} is empty.")
+    return rows
+
+
+def facts_of(member: Member, shots: int) -> JsonDict:
+    """What of a member's definitions and data, and of so many examples before a question, is a condition of a score.
 
     Raises:
         DataError: a question has no answer.
@@ -218,7 +258,7 @@ def facts_of(member: Member) -> JsonDict:
             conversions.add(str(definition.metadata["conversion"]))
         items += len(docs)
         contents.append(digest(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in docs))
-        prompts.append(_prompt_hash(task, docs))
+        prompts.append(_prompt_hash(task, docs, shots))
     return {
         "tasks": len(member.tasks),
         "version": _one(versions),
@@ -232,28 +272,48 @@ def facts_of(member: Member) -> JsonDict:
 
 
 def _check_gold(name: str, task: Task, docs: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(task.config.doc_to_target, int) and not task.multiple_input:
-        return
-    for number, doc in enumerate(docs):
+    same = isinstance(task.config.doc_to_target, int) and not task.multiple_input
+    for number in range(1 if same else len(docs)):
         try:
-            missing = gold_of(task, doc) is None
+            missing = gold_of(task, docs[number]) is None
         except Exception:  # noqa: BLE001 - a template that finds no answer raises whatever its parts raise
             missing = True
         if missing:
             raise DataError(f"the task {name} has no right answer for question {number}, so it cannot be scored.")
 
 
-def _prompt_hash(task: Task, docs: Sequence[Mapping[str, Any]]) -> str:
-    """The hash of a definition: its templates, the source of its functions, and the wording of the first questions."""
+def _prompt_hash(task: Task, docs: Sequence[Mapping[str, Any]], shots: int) -> str:
+    """The hash of a definition: its templates, the source of its functions, the wording of the first questions, and all that
+    may stand before them as an example."""
     definition = task.config
-    parts = []
-    for name in _WORDING:
-        value = getattr(definition, name)
-        parts.append(inspect.getsource(value) if callable(value) else json.dumps(value, default=str))
-    for doc in [docs[number] for number in range(min(_SHOWN, len(docs)))]:
+    parts = [_source(getattr(definition, name)) for name in _WORDING]
+    asked = [docs[number] for number in range(min(_SHOWN, len(docs)))]
+    for doc in asked:
         parts.append(json.dumps([task.doc_to_text(doc), task.doc_to_target(doc)], default=str))
         parts.append(json.dumps(task.doc_to_choice(doc) if definition.doc_to_choice is not None else None, default=str))
+    if shots:
+        parts.append(digest(json.dumps(row, sort_keys=True, default=str) for row in task.fewshot_docs()))
+        begin(task, shots)
+        parts += [json.dumps(task.fewshot_context(doc, shots)) for doc in asked]
     return digest(parts)
+
+
+def begin(task: Task, shots: int) -> None:
+    """Set how many examples stand before a question, drawn as the `lm_eval` command draws them."""
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+
+
+def _source(value: Any) -> str:
+    """A part of a definition as text that is the same in every process."""
+    if isinstance(value, functools.partial):
+        return json.dumps([_source(value.func), *map(_source, value.args), value.keywords], default=_source)
+    if not callable(value):
+        return json.dumps(value, default=_source)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return f"{value.__module__}.{value.__qualname__}"
 
 
 def _one(values: set[str]) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped]
 
 from prunebench.errors import DataError
 from prunebench.spec import JsonDict
@@ -75,6 +77,11 @@ def file_index(path: Path) -> tuple[TaskIndex, list[str]]:
     """
     from lm_eval.tasks import TaskManager
 
+    try:
+        yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)  # lm-eval passes over what it cannot read
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path.name} cannot be read as a definition of a task: {reason}.") from None
     entries = _entries(TaskManager(include_defaults=False, include_path=str(path.parent)), path.parent)
     names = [name for name, entry in entries.items() if entry.get("file") == path.name]
     if not names:
@@ -82,21 +89,59 @@ def file_index(path: Path) -> tuple[TaskIndex, list[str]]:
     return TaskIndex(path.parent, entries), names
 
 
+def local_files(definition: Mapping[str, Any], folder: Path) -> dict[str, Path] | None:
+    """The files by split that a definition in `folder` names as its data; None where they are a data set of the Hub.
+
+    Raises:
+        DataError: it names them in a way that is not understood.
+    """
+    if definition.get("dataset_path") != "json":
+        return None
+    files = (definition.get("dataset_kwargs") or {}).get("data_files")
+    files = {"train": files} if isinstance(files, str) else files
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise DataError("data in JSON lines are named as dataset_kwargs: data_files: {SPLIT: FILE.jsonl}, a file for a split.")
+    return {str(split): folder / file for split, file in files.items()}
+
+
 def data_key(asked: str, folder: Path) -> str | None:
-    """A hash of all local files that tasks are made of; None where data come from the Hub, or something is not there."""
+    """A hash of all local files that tasks are made of; None where data come from the Hub, or not all of them are known."""
     try:
         if asked.endswith(".yaml"):
-            files = [file for file in sorted(resolve_file(asked, folder).parent.iterdir()) if file.is_file()]
+            places = _places_of_file(resolve_file(asked, folder))
         else:
-            index, copy = stock_index(), mirror()
-            if copy is None:
-                return None
+            index = stock_index()
             leaves = [leaf for name in SETS.get(asked) or asked.split("+") for leaf in index.leaves(name)]
-            folders = sorted({Path(copy) / "datasets" / index.entries[leaf]["data"] for leaf in leaves})
-            files = [file for place in folders for file in sorted(place.glob("*.jsonl"))]
-    except (KeyError, DataError):
+            places = _places([index.entries[leaf]["data"] for leaf in leaves])
+    except (KeyError, DataError, OSError, ValueError, yaml.YAMLError):
         return None
-    return digest([lm_eval_version(), *(f"{file.parent.name}/{file.name} {digest_file(file)}" for file in files)])
+    if places is None:
+        return None
+    return digest([lm_eval_version(), *(f"{name} {digest_file(file)}" for name, file in places)])
+
+
+def _places_of_file(path: Path) -> list[tuple[str, Path]] | None:
+    """A definition's file and its data; None where it draws on other definitions or functions."""
+    definition = yaml.safe_load(path.read_text(encoding="utf-8"))  # a function is none of the kinds that it knows
+    if not isinstance(definition, dict) or "include" in definition or not isinstance(definition.get("task"), str):
+        return None
+    files = local_files(definition, path.parent)
+    places = _places([_data_name(definition)]) if files is None else list(files.items())
+    return None if places is None else [("definition", path), *places]
+
+
+def _places(names: Iterable[str]) -> list[tuple[str, Path]] | None:
+    """All files of data sets, with names that do not say where the mirror is."""
+    copy = mirror()
+    if copy is None:
+        return None
+    root = Path(copy) / "datasets"
+    files = [file for name in sorted(set(names)) for file in sorted((root / name).glob("*.jsonl"))]
+    return [(file.relative_to(root).as_posix(), file) for file in files]
+
+
+def _data_name(definition: Mapping[str, Any]) -> str:
+    return f"{definition.get('dataset_path')}/{definition.get('dataset_name') or 'default'}"
 
 
 def _entries(manager: TaskManager, root: Path) -> dict[str, JsonDict]:
@@ -106,8 +151,7 @@ def _entries(manager: TaskManager, root: Path) -> dict[str, JsonDict]:
         if entry.yaml_path is None:  # a tag
             found[name] = {"members": sorted(entry.tags)}
             continue
-        data = f"{definition.get('dataset_path')}/{definition.get('dataset_name') or 'default'}"
-        found[name] = {"file": Path(entry.yaml_path).relative_to(root).as_posix(), "data": data}
+        found[name] = {"file": Path(entry.yaml_path).relative_to(root).as_posix(), "data": _data_name(definition)}
         listed = definition.get("task")
         if isinstance(listed, list):
             found[name]["members"] = [

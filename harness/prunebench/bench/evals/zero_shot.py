@@ -7,7 +7,9 @@ choice, right answer and likelihoods are kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +19,8 @@ from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, Sample, Score, o
 from prunebench.toolkit.cache import digest, load_json, save_json
 
 if TYPE_CHECKING:  # lm-eval takes seconds to import, and most commands do without
+    from lm_eval.api.task import Task
+
     from prunebench.bench.evals.lm_tasks import TaskSet
 
 METRICS = ("acc", "acc_norm")
@@ -70,20 +74,23 @@ class ZeroShot(Eval):
             if self.metric not in task.aggregation():
                 raise OptionError(f"zero_shot: {name} has no {self.metric}; it has {', '.join(task.aggregation())}.")
         with quiet():
-            return {"tasks": {member.name: facts_of(member) for member in asked.members}, "missing": sorted(asked.missing)}
+            return {
+                "tasks": {member.name: facts_of(member, self.shots) for member in asked.members},
+                "missing": sorted(asked.missing),
+            }
 
     def measure(self, job: EvalJob) -> Score:
         """Every question's answer; the value is the mean over members, None where one of a set is missing."""
-        from prunebench.bench.evals.lm_tasks import gold_of, load_tasks, quiet
+        from prunebench.bench.evals.lm_tasks import load_tasks, quiet
 
         asked = load_tasks(self.tasks, self.shots, Path(job.facts.folder))
+        items: dict[str, list[float | int | str]] = {name: [] for name in _COLUMNS}
         with quiet():
             samples = self._answers(asked, job)
-        items: dict[str, list[float | int | str]] = {name: [] for name in _COLUMNS}
-        for member in asked.members:
-            for name, task in member.tasks.items():
-                for sample in sorted(samples[name], key=lambda sample: int(sample["doc_id"])):
-                    self._note(items, member.name, name, gold_of(task, sample["doc"]), sample)
+            for member in asked.members:
+                for name, task in member.tasks.items():
+                    for sample in sorted(samples[name], key=lambda sample: int(sample["doc_id"])):
+                        self._note(items, member.name, task, sample)
         parts = {member.name: _mean(items, member.name) for member in asked.members}
         value = None if asked.missing else math.fsum(parts.values()) / len(parts)
         shown = parts if len(parts) > 1 else {}
@@ -91,37 +98,40 @@ class ZeroShot(Eval):
 
     def _answers(self, asked: TaskSet, job: EvalJob) -> dict[str, list[dict[str, Any]]]:
         import lm_eval
-        from lm_eval.tasks import TaskManager
 
         from prunebench.bench.evals.lm_model import ModelInMemory
+        from prunebench.bench.evals.lm_tasks import begin
 
-        found = lm_eval.simple_evaluate(
-            model=ModelInMemory(job),
-            tasks=list(asked.tasks.values()),
-            num_fewshot=self.shots,
-            limit=self.limit or None,
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=TaskManager(include_defaults=False),  # otherwise it reads all its definitions
+        for task in asked.tasks.values():
+            begin(task, self.shots)
+            if not callable(task.config.process_results):
+                task.override_metric(self.metric)  # others cost more requests, and lambada's perplexity may overflow
+        found = lm_eval.evaluate(
+            ModelInMemory(job), {"tasks": asked.tasks}, limit=self.limit or None, bootstrap_iters=0, log_samples=True
         )
         samples: dict[str, list[dict[str, Any]]] = found["samples"]
         return samples
 
-    def _note(
-        self, items: dict[str, list[float | int | str]], member: str, name: str, gold: int | None, sample: dict[str, Any]
-    ) -> None:
+    def _note(self, items: dict[str, list[float | int | str]], member: str, task: Task, sample: Mapping[str, Any]) -> None:
+        from prunebench.bench.evals.lm_tasks import gold_of
+
+        name, doc = task.task_name, sample["doc"]
         likelihoods = [float(answer[0]) for answer in sample["filtered_resps"]]
         if not all(map(math.isfinite, likelihoods)):
             raise NonFiniteError(f"a likelihood of question {sample['doc_id']} of {name} is not finite.")
-        phenomenon = sample["doc"].get("phenomenon")
-        only = len(likelihoods) == 1  # a task whose answer is a text: right when it is what the model would have written
-        choice = 0 if not only or sample["filtered_resps"][0][1] else -1
+        gold, right, phenomenon = gold_of(task, doc), float(sample[self.metric]), doc.get("phenomenon")
+        if len(likelihoods) == 1:  # the answer is a text: right when it is what the model would have written
+            choice = 0 if sample["filtered_resps"][0][1] else -1
+        else:
+            lengths = map(len, task.doc_to_choice(doc)) if self.metric == "acc_norm" else repeat(1)
+            weighed = [likelihood / length for likelihood, length in zip(likelihoods, lengths, strict=False)]
+            choice = max(range(len(weighed)), key=weighed.__getitem__)
         items["task"].append(member)
         items["stratum"].append(f"{name}: {phenomenon}" if phenomenon else name)
         items["question"].append(int(sample["doc_id"]))
         items["gold"].append(-1 if gold is None else gold)
-        items["choice"].append(choice if only else max(range(len(likelihoods)), key=likelihoods.__getitem__))
-        items["right"].append(int(sample[self.metric]))
+        items["choice"].append(choice)
+        items["right"].append(int(right) if right.is_integer() else right)  # some tasks' own functions give shares
         items["choices"].append(len(likelihoods))
         items["likelihoods"].append(" ".join(f"{likelihood:.3f}" for likelihood in likelihoods))
 
@@ -131,5 +141,5 @@ _COLUMNS = ("task", "stratum", "question", "gold", "choice", "right", "choices",
 
 def _mean(items: dict[str, list[float | int | str]], member: str) -> float:
     """The share of right answers of a member."""
-    right = [int(answer) for answer, task in zip(items["right"], items["task"], strict=True) if task == member]
-    return sum(right) / len(right)
+    right = [float(answer) for answer, task in zip(items["right"], items["task"], strict=True) if task == member]
+    return math.fsum(right) / len(right)

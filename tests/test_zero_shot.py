@@ -1,0 +1,604 @@
+"""Zero-shot accuracy: likelihoods by hand and by lm-eval itself, sets, conditions, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from support import Bench, fingerprint, same_bits, tiny, traces, write_mirror
+from transformers import PreTrainedModel
+
+from prunebench.bench.evals import lm_model, lm_tasks, task_index
+from prunebench.bench.evals.task_index import SETS
+from prunebench.bench.evals.zero_shot import ZeroShot
+from prunebench.errors import DataError, NonFiniteError
+from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.toolkit.heads import untie_head
+from prunebench.toolkit.loading import ModelSource, identify
+from prunebench.toolkit.state import capture, differences, guarded
+from prunebench.toolkit.walk import evaluating
+
+CONTEXT = 64
+SHAPE = {"vocab_size": 300, "max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+PLAIN: dict[str, Any] = {
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "own.jsonl"}},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{answers}}",
+    "doc_to_target": "right",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    "metadata": {"version": 1.0},
+}
+WORDS = ("the a boy girl runs sits away house saw red old tree and then he she was little").split()  # noqa: SIM905 - words
+
+
+def rows_of(count: int = 12, seed: int = 0, answers: int = 3) -> list[dict[str, Any]]:
+    """Questions of unequal lengths; some answers are single tokens of one beginning."""
+    draw = random.Random(seed)
+    text = lambda most: " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))  # noqa: E731
+    return [
+        {"question": text(6), "answers": [text(3) for _ in range(answers)], "right": draw.randrange(answers)}
+        for _ in range(count)
+    ]
+
+
+def write_task(folder: Path, rows: Sequence[Any] | None = None, name: str = "own", **changes: Any) -> str:
+    """A definition and its data; JSON is YAML too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"data_files": {"test": f"{name}.jsonl"}}
+    definition = {"task": name, **PLAIN, "dataset_kwargs": files, **changes}
+    (folder / f"{name}.yaml").write_text(json.dumps({k: v for k, v in definition.items() if v is not None}))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows_of() if rows is None else rows)))
+    return f"{name}.yaml"
+
+
+@pytest.fixture
+def facts(bench: Bench, tmp_path: Path) -> EvalFacts:
+    identity = identify(ModelSource(bench.model, "tiny", "local"))
+    return EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny("llama", torch.float64, **SHAPE)
+
+
+def measure(model: PreTrainedModel, facts: EvalFacts, progress: Any = lambda *_: None, **options: Any) -> Score:
+    evaluation = ZeroShot(**options)
+    job = EvalJob(
+        model=model,
+        facts=facts,
+        conditions=evaluation.conditions(facts),
+        device=torch.device("cpu"),
+        batch_size=4,
+        progress=progress,
+        dense=lambda: model,
+    )
+    return evaluation.measure(job)
+
+
+def likelihoods_of(score: Score) -> list[list[float]]:
+    return [[float(number) for number in str(text).split()] for text in score.items["likelihoods"]]
+
+
+def by_hand(model: PreTrainedModel, facts: EvalFacts, question: str, answer: str) -> float:
+    """The sum of the log-probabilities of the answer's tokens, one at a time, each from as much before it as is read."""
+    encode: Any = facts.tokenizer
+    whole, before = encode(question + answer)["input_ids"], encode(question)["input_ids"]
+    whole = whole[-(CONTEXT + 1) :]
+    answers = len(encode(question + answer)["input_ids"]) - len(before)
+    total = 0.0
+    for at in range(len(whole) - answers, len(whole)):
+        with torch.no_grad():
+            logits = model(torch.tensor([whole[:at]])).logits[0, -1].numpy().astype(np.float64)
+        total += logits[whole[at]] - logits.max() - math.log(np.exp(logits - logits.max()).sum())
+    return total
+
+
+# The numbers
+
+
+def test_likelihoods_are_those_by_hand(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path) -> None:
+    rows = rows_of()
+    rows[3]["question"] = " ".join(WORDS * 8)  # beyond the context: read without its beginning
+    rows[5]["answers"][2] = rows[5]["answers"][1]  # equally likely: the first counts
+    score = measure(model, facts, tasks=write_task(tmp_path, rows))
+    expected = [[by_hand(model, facts, row["question"], f" {answer}") for answer in row["answers"]] for row in rows]
+    assert np.allclose(likelihoods_of(score), expected, atol=6e-4)
+    choices = [int(np.argmax(row)) for row in expected]
+    assert score.items["choice"] == choices
+    assert score.items["gold"] == [row["right"] for row in rows]
+    assert score.items["right"] == [int(a == row["right"]) for a, row in zip(choices, rows, strict=True)]
+    assert score.items["question"] == list(range(len(rows)))
+    assert score.items["choices"] == [3] * len(rows)
+    assert 0 < sum(score.items["right"]) < len(rows)  # type: ignore[arg-type]
+    assert score.value == sum(score.items["right"]) / len(rows)  # type: ignore[arg-type]
+    assert (score.unit, score.higher_is_better, score.parts) == ("accuracy", True, {})
+    assert score.sample is not None
+    assert (score.sample.column, score.sample.strata, score.sample.tasks) == ("right", "stratum", "task")
+
+
+def test_a_sentence_without_a_question_begins_with_the_bos_token(
+    model: PreTrainedModel, facts: EvalFacts, tmp_path: Path
+) -> None:
+    rows = rows_of()
+    name = write_task(tmp_path, rows, doc_to_text="", target_delimiter="")
+    bos: Any = facts.tokenizer
+    expected = [[by_hand(model, facts, bos.bos_token, answer) for answer in row["answers"]] for row in rows]
+    assert np.allclose(likelihoods_of(measure(model, facts, tasks=name)), expected, atol=6e-4)
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_answers_are_those_of_lm_eval_one_at_a_time(
+    model: PreTrainedModel, facts: EvalFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    """Neither batches, nor their order, nor what is shared between requests may matter."""
+    rows = rows_of(60)
+    for row in rows[::3]:
+        row["answers"] = ["a", "tree", "the old house and the old tree"]
+    name = write_task(tmp_path, rows)
+    choices, right, numbers = plainly(model, facts, tmp_path / name, metric)
+    seen = []
+    for tokens in (1, 40, 2048):
+        monkeypatch.setattr(lm_model, "HOST_TOKENS", tokens)
+        score = measure(model, facts, tasks=name, metric=metric)
+        assert (score.items["choice"], score.items["right"]) == (choices, right)
+        seen.append(likelihoods_of(score))
+        assert np.allclose(seen[-1], numbers, atol=6e-4)
+    assert seen[0] == seen[1] == seen[2]
+    assert (numbers.argmax(axis=1).tolist() == choices) == (metric == "acc"), "the lengths of answers make no difference here"
+
+
+def plainly(
+    model: PreTrainedModel, facts: EvalFacts, path: Path, metric: str
+) -> tuple[list[int], list[int], np.ndarray[Any, Any]]:
+    """Choices, which of them are right, and likelihoods, by lm-eval's own model class and a question at a time."""
+    with lm_tasks.quiet():
+        task = lm_tasks.load_tasks(path.name, 0, path.parent).tasks["own"]
+        plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(facts.tokenizer), batch_size=1, logits_cache=False)
+        found = lm_eval.simple_evaluate(
+            model=plain, tasks=[task], num_fewshot=0, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+        )
+    samples = found["samples"]["own"]
+    numbers = np.array([[answer[0] for answer in sample["filtered_resps"]] for sample in samples])
+    lengths = np.array([[len(text) for text in sample["doc"]["answers"]] for sample in samples])
+    choices = (numbers / lengths if metric == "acc_norm" else numbers).argmax(axis=1)
+    return choices.tolist(), [int(sample[metric]) for sample in samples], numbers
+
+
+def test_the_model_and_everything_global_stay_as_they_were(
+    facts: EvalFacts, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The head was tied and is no longer: lm-eval's model class ties the weights of the model it is given."""
+    model = tiny("llama", tie_word_embeddings=True, **SHAPE)
+    assert untie_head(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:50] = 0.0  # type: ignore[no-untyped-call]
+    model.model.layers[1].train()
+    before, kept, settings = fingerprint(model), traces(model), model.config.to_dict()
+    tokenizer: Any = facts.tokenizer
+    assert tokenizer.pad_token is None
+    name = write_task(tmp_path)
+    evaluation = ZeroShot(tasks=name)
+    conditions = evaluation.conditions(facts)
+    capfd.readouterr()
+    job = EvalJob(
+        model=model,
+        facts=facts,
+        conditions=conditions,
+        device=torch.device("cpu"),
+        batch_size=1,
+        progress=lambda *_: None,
+        dense=lambda: model,
+    )
+    state = capture()
+    with guarded([]), evaluating(model):
+        evaluation.measure(job)
+    assert capfd.readouterr() == ("", "")
+    assert not [name for name, tensor in fingerprint(model).items() if not same_bits(tensor, before[name])]
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    assert traces(model) == kept
+    assert model.config.to_dict() == settings
+    assert not differences(state, capture())
+    assert tokenizer.pad_token is None
+
+
+def test_progress_is_told(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_model, "HOST_TOKENS", 40)
+    told: list[tuple[str, int, int]] = []
+    measure(model, facts, lambda *what: told.append(what), tasks=write_task(tmp_path))
+    assert len(told) > 3
+    assert told == sorted(told)
+    assert {what for what, _, _ in told} == {"answer"}
+    assert all(0 <= done < total == 36 for _, done, total in told)
+
+
+def test_weights_that_are_no_numbers(facts: EvalFacts, tmp_path: Path) -> None:
+    broken = tiny("llama", **SHAPE)
+    token = facts.tokenizer.encode("Q")[0]  # type: ignore[union-attr]
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[token] = math.nan
+    rows = [{"question": word, "answers": ["a boy", "a girl"], "right": 0} for word in ("the", "Q", "a")]
+    with pytest.raises(NonFiniteError, match="a likelihood of question 1 of own is not finite"):
+        measure(broken, facts, tasks=write_task(tmp_path, rows))
+
+
+def test_a_text_as_the_answer(facts: EvalFacts, tmp_path: Path) -> None:
+    """Right where the model would have written it; one that is all but impossible is a number too, its perplexity none."""
+    certain = tiny("llama", torch.float64, **SHAPE)
+    with torch.no_grad():
+        certain.get_output_embeddings().weight *= 1e4  # type: ignore[no-untyped-call]
+    read: Any = facts.tokenizer
+    for question in WORDS:
+        ids = read(question)["input_ids"]
+        written = int(certain(torch.tensor([ids])).logits[0, -1].argmax())
+        answer = read.decode([written])
+        if read(question + answer)["input_ids"] == [*ids, written]:  # not half a letter
+            break
+    rows = [{"question": question, "answers": answer}, {"question": question, "answers": " tree"}]
+    name = write_task(
+        tmp_path,
+        rows,
+        output_type="loglikelihood",
+        doc_to_choice=None,
+        doc_to_target="answers",
+        metric_list=[{"metric": "perplexity"}, {"metric": "acc"}],
+    )
+    score = measure(certain, facts, tasks=name)
+    assert (score.items["right"], score.items["choice"], score.items["gold"]) == ([1, 0], [0, -1], [0, 0])
+    assert math.fsum(likelihoods_of(score)[1]) < -2000
+
+
+def test_a_metric_of_mutual_information_costs_nothing_unless_it_is_asked_for(
+    model: PreTrainedModel, facts: EvalFacts, tmp_path: Path
+) -> None:
+    """lm-eval answers each question twice for it."""
+    plain = measure(model, facts, tasks=write_task(tmp_path, name="plain"))
+    both = write_task(tmp_path, name="both", metric_list=[{"metric": "acc"}, {"metric": "acc_mutual_info"}])
+    score = measure(model, facts, tasks=both)
+    assert (score.items["choice"], score.items["choices"]) == (plain.items["choice"], plain.items["choices"])
+
+
+def test_a_question_with_several_right_answers(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path) -> None:
+    rows = [{**row, "right": [0, 2]} for row in rows_of()]
+    score = measure(model, facts, tasks=write_task(tmp_path, rows))
+    assert score.items["right"] == [int(choice in (0, 2)) for choice in score.items["choice"]]
+    assert 0 < sum(score.items["right"]) < len(rows)  # type: ignore[arg-type]
+
+
+def test_a_score_that_is_a_share_stays_one(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path) -> None:
+    """TruthfulQA's mc2 gives each question the probability of its true answers."""
+    (tmp_path / "share.py").write_text("def share(doc, results):\n    return {'acc': 0.25 + 0.5 * doc['right']}\n")
+    rows = [{**row, "right": index % 2} for index, row in enumerate(rows_of(answers=2))]
+    name = write_task(tmp_path, rows)
+    text = json.dumps(json.loads((tmp_path / name).read_text()) | {"process_results": "FUNCTION"})
+    (tmp_path / name).write_text(text.replace('"FUNCTION"', "!function share.share"))
+    score = measure(model, facts, tasks=name)
+    assert score.items["right"] == [0.25, 0.75] * 6
+    assert score.value == 0.5
+
+
+# Sets and groups
+
+
+@pytest.fixture(scope="module")
+def _stock() -> task_index.TaskIndex:
+    """Some of the stock definitions: to read all of them takes ten seconds."""
+    root = Path(lm_eval.__file__).parent / "tasks"
+    folders = ["arc", "blimp", "glue", "hellaswag", "mmlu/default", "openbookqa", "super_glue", "winogrande"]
+    manager = TaskManager(include_defaults=False, include_path=[root / folder for folder in folders])
+    return task_index.TaskIndex(root, task_index._entries(manager, root))
+
+
+@pytest.fixture
+def stock(_stock: task_index.TaskIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_index, "stock_index", lambda: _stock)
+    monkeypatch.setattr(lm_tasks, "stock_index", lambda: _stock)
+
+
+def arc(rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": str(number),
+            "question": row["question"],
+            "choices": {"text": row["answers"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[row["right"]],
+        }
+        for number, row in enumerate(rows_of(rows, seed))
+    ]
+
+
+def two(rows: int, seed: int, *columns: str, label: str = "label") -> list[dict[str, Any]]:
+    found = []
+    for row in rows_of(rows, seed, 2):
+        texts = [row["question"], *row["answers"]]
+        found.append({**dict(zip(columns, texts, strict=False)), label: row["right"]})
+    return found
+
+
+FILES: dict[str, list[dict[str, Any]]] = {
+    "aps/super_glue/boolq/validation": two(3, 1, "passage", "question"),
+    "nyu-mll/glue/rte/validation": two(4, 2, "sentence1", "sentence2"),
+    "Rowan/hellaswag/default/validation": [
+        {
+            "ind": 0,
+            "activity_label": "Run",
+            "ctx_a": "a boy.",
+            "ctx_b": row["question"],
+            "endings": row["answers"],
+            "label": "1",
+        }
+        for row in rows_of(5, 3)
+    ],
+    "allenai/winogrande/winogrande_xl/validation": [
+        {"sentence": "the boy saw the girl and _ runs away", "option1": "the boy", "option2": "the girl", "answer": "2"},
+        {"sentence": "he saw the tree and _ was old", "option1": "he", "option2": "the tree", "answer": "1"},
+    ],
+    "allenai/ai2_arc/ARC-Easy/test": arc(6, 4),
+    "allenai/ai2_arc/ARC-Challenge/test": arc(7, 5),
+    "allenai/openbookqa/main/test": [{"question_stem": row.pop("question"), **row} for row in arc(8, 6)],
+}
+
+
+@pytest.fixture
+def wanda7(tmp_path: Path, stock: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A mirror with a few questions of each task."""
+    for name, rows in FILES.items():
+        write_mirror(tmp_path / "mirror", name, rows)
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+    return tmp_path / "mirror" / "datasets"
+
+
+def test_the_value_of_a_set_is_the_mean_of_its_members(model: PreTrainedModel, facts: EvalFacts, wanda7: Path) -> None:
+    score = measure(model, facts, tasks="wanda7")
+    assert tuple(score.parts) == SETS["wanda7"]
+    asked = [str(task) for task in score.items["task"]]
+    assert [asked.count(name) for name in SETS["wanda7"]] == [3, 4, 5, 2, 6, 7, 8]
+    assert score.items["stratum"] == asked
+    for name, value in score.parts.items():
+        right = [int(x) for x, task in zip(score.items["right"], asked, strict=True) if task == name]
+        assert value == sum(right) / len(right)
+    assert score.value == pytest.approx(sum(score.parts.values()) / 7)
+    assert score.value != pytest.approx(sum(map(int, score.items["right"])) / len(asked))
+    winogrande = [number for number, task in enumerate(asked) if task == "winogrande"]
+    assert [score.items["gold"][number] for number in winogrande] == [1, 0]
+
+
+def test_a_set_with_a_missing_member_has_no_mean(model: PreTrainedModel, facts: EvalFacts, wanda7: Path) -> None:
+    whole, before = measure(model, facts, tasks="wanda7"), ZeroShot().conditions(facts)
+    (wanda7 / "nyu-mll/glue/rte/validation.jsonl").unlink()
+    score, conditions = measure(model, facts, tasks="wanda7"), ZeroShot().conditions(facts)
+    assert score.value is None
+    assert score.parts == {name: value for name, value in whole.parts.items() if name != "rte"}
+    assert "rte" not in score.items["task"]
+    assert (conditions["missing"], before["missing"]) == (["rte"], [])
+    assert conditions["tasks"] == {name: facts for name, facts in before["tasks"].items() if name != "rte"}
+
+
+def test_a_list_of_tasks_with_a_missing_one_is_refused(facts: EvalFacts, wanda7: Path) -> None:
+    (wanda7 / "nyu-mll/glue/rte/validation.jsonl").rename(wanda7 / "nyu-mll/glue/rte/train.jsonl")
+    with pytest.raises(DataError, match=r"rte needs nyu-mll/glue/rte/validation\.jsonl, and PRUNEBENCH_MIRROR has train"):
+        ZeroShot(tasks="boolq+rte").conditions(facts)
+
+
+def test_a_group_counts_by_its_questions(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path) -> None:
+    for name, count in (("first", 2), ("second", 10)):
+        write_task(tmp_path, rows_of(count, count), name)
+    (tmp_path / "both.yaml").write_text(json.dumps({"group": "both", "task": ["first", "second"]}))
+    score = measure(model, facts, tasks="both.yaml")
+    assert score.items["task"] == ["both"] * 12
+    assert score.items["stratum"] == ["first"] * 2 + ["second"] * 10
+    assert score.items["question"] == [0, 1, *range(10)]
+    assert score.value == sum(map(int, score.items["right"])) / 12
+    assert score.parts == {}
+    assert (
+        ZeroShot(tasks="both.yaml").conditions(facts)["tasks"]["both"] | {"tasks": 2, "items": 12}
+        == (ZeroShot(tasks="both.yaml").conditions(facts)["tasks"]["both"])
+    )
+
+
+def test_a_limit_counts_for_each_task(model: PreTrainedModel, facts: EvalFacts, wanda7: Path) -> None:
+    score = measure(model, facts, tasks="boolq+arc_easy", limit=2)
+    assert score.items["task"] == ["boolq"] * 2 + ["arc_easy"] * 2
+    whole = measure(model, facts, tasks="boolq+arc_easy")
+    assert score.items["likelihoods"] == [whole.items["likelihoods"][number] for number in (0, 1, 3, 4)]
+
+
+# Conditions
+
+
+def test_conditions_say_what_was_asked(facts: EvalFacts, wanda7: Path) -> None:
+    conditions = ZeroShot(tasks="winogrande").conditions(facts)
+    assert json.loads(json.dumps(conditions)) == conditions
+    hashes = [conditions["tasks"]["winogrande"].pop(name) for name in ("content", "prompt")]
+    assert all(len(text) == 16 for text in hashes)
+    assert conditions == {
+        "set": None,
+        "tasks": {"winogrande": {"tasks": 1, "version": "1.0", "kind": "multiple_choice", "split": "validation", "items": 2}},
+        "missing": [],
+        "metric": "acc",
+        "shots": 0,
+        "limit": None,
+        "lm_eval": "0.4.13",
+    }
+
+
+def test_conditions_know_no_places(facts: EvalFacts, wanda7: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ZeroShot().conditions(facts)
+    assert str(tmp_path) not in json.dumps(first)
+    (tmp_path / "mirror").rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "elsewhere"))
+    assert ZeroShot().conditions(facts) == first
+    here, there = tmp_path / "here", tmp_path / "there"
+    found = []
+    for folder in (here, there):
+        name = write_task(folder)
+        found.append(ZeroShot(tasks=name).conditions(EvalFacts(facts.config, facts.tokenizer, "", str(folder))))
+    assert found[0] == found[1]
+    assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shots": 1}, {"limit": 2}, {"metric": "acc_norm"}, {"tasks": "arc_easy+arc_challenge"}, {"tasks": "arc_challenge"}],
+    ids=str,
+)
+def test_conditions_tell_options_apart(facts: EvalFacts, wanda7: Path, change: dict[str, Any]) -> None:
+    for name in ("Easy", "Challenge"):
+        write_mirror(wanda7.parent, f"allenai/ai2_arc/ARC-{name}/validation", arc(4, 9))
+    first = ZeroShot(tasks="arc_easy").conditions(facts)
+    assert ZeroShot(**{"tasks": "arc_easy"} | change).conditions(facts) != first
+
+
+def test_conditions_tell_data_apart(facts: EvalFacts, wanda7: Path) -> None:
+    first = ZeroShot(tasks="arc_easy").conditions(facts)
+    path = wanda7 / "allenai/ai2_arc/ARC-Easy/test.jsonl"
+    path.write_text(path.read_text().replace('"answerKey": "A"', '"answerKey": "B"'))
+    second = ZeroShot(tasks="arc_easy").conditions(facts)
+    assert second["tasks"]["arc_easy"]["content"] != first["tasks"]["arc_easy"]["content"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"doc_to_text": "{{question}}?"},
+        {"target_delimiter": ""},
+        {"description": "Answer. "},
+        {"doc_to_target": "{{2 - right}}"},
+        {"metadata": {"version": 2.0}},
+    ],
+    ids=str,
+)
+def test_conditions_tell_definitions_apart(facts: EvalFacts, tmp_path: Path, change: dict[str, Any]) -> None:
+    first = ZeroShot(tasks=write_task(tmp_path)).conditions(facts)
+    assert ZeroShot(tasks=write_task(tmp_path, **change)).conditions(facts) != first
+    assert ZeroShot(tasks=write_task(tmp_path)).conditions(facts) == first
+
+
+def test_conditions_tell_functions_apart(facts: EvalFacts, tmp_path: Path) -> None:
+    name = write_task(tmp_path)
+    text = (tmp_path / name).read_text().replace('"{{question}}"', "!function asking.ask")
+    (tmp_path / name).write_text(text)
+    found = []
+    for mark in ("?", "!"):
+        (tmp_path / "asking.py").write_text(f"def ask(doc):\n    return doc['question'] + '{mark}'\n")
+        found.append(ZeroShot(tasks=name).conditions(facts)["tasks"]["own"])
+    assert found[0]["prompt"] != found[1]["prompt"]
+    assert found[0]["content"] == found[1]["content"]
+
+
+def test_examples_are_drawn_as_lm_eval_draws_them_and_are_conditions(
+    model: PreTrainedModel, facts: EvalFacts, wanda7: Path
+) -> None:
+    write_mirror(wanda7.parent, "allenai/ai2_arc/ARC-Easy/validation", arc(5, 8))
+    write_mirror(wanda7.parent, "allenai/ai2_arc/ARC-Easy/train", arc(5, 9))
+    first = ZeroShot(tasks="arc_easy", shots=2).conditions(facts)
+    score = measure(model, facts, tasks="arc_easy", shots=2)
+    assert score.items["likelihoods"] != measure(model, facts, tasks="arc_easy").items["likelihoods"]
+    with lm_tasks.quiet():
+        tasks = [*lm_tasks.load_tasks("arc_easy", 2, Path()).tasks.values()]
+        plain = HFLM(pretrained=model, tokenizer=copy.deepcopy(facts.tokenizer), batch_size=1)
+        found = lm_eval.simple_evaluate(
+            model=plain, tasks=tasks, num_fewshot=2, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
+        )
+    samples = found["samples"]["arc_easy"]
+    assert "Answer:" in samples[0]["arguments"][0][0].split("\n\n")[1], "there are examples"
+    numbers = [[answer[0] for answer in sample["filtered_resps"]] for sample in samples]
+    assert np.allclose(likelihoods_of(score), numbers, atol=6e-4)
+    write_mirror(wanda7.parent, "allenai/ai2_arc/ARC-Easy/train", arc(5, 10))
+    second = ZeroShot(tasks="arc_easy", shots=2).conditions(facts)
+    assert second["tasks"]["arc_easy"]["prompt"] != first["tasks"]["arc_easy"]["prompt"]
+    assert second["tasks"]["arc_easy"]["content"] == first["tasks"]["arc_easy"]["content"]
+
+
+def test_a_split_that_stands_in_for_another_is_a_condition(facts: EvalFacts, wanda7: Path) -> None:
+    name = "allenai/ai2_arc/ARC-Easy"
+    write_mirror(wanda7.parent, f"{name}/validation", FILES[f"{name}/test"])
+    first = ZeroShot(tasks="arc_easy").conditions(facts)["tasks"]["arc_easy"]
+    assert (first["split"], "conversion" in first) == ("test", False)
+    (wanda7 / name / "test.jsonl").unlink()
+    second = ZeroShot(tasks="arc_easy").conditions(facts)["tasks"]["arc_easy"]
+    assert second["conversion"] == "validation stands in for test"
+    assert (second["split"], second["content"]) == ("validation", first["content"])
+
+
+def test_what_is_kept_is_what_is_found(
+    facts: EvalFacts, wanda7: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = ZeroShot().conditions(facts)
+    kept = [*(own_cache / "tasks").iterdir()]
+    assert len(kept) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_tasks, "load_tasks", lambda *_: pytest.fail("this was kept"))
+        assert ZeroShot().conditions(facts) == fresh
+    kept[0].write_text("{")
+    assert ZeroShot().conditions(facts) == fresh
+    monkeypatch.setattr(ZeroShot, "revision", ZeroShot.revision + 1)
+    ZeroShot().conditions(facts)
+    assert len([*(own_cache / "tasks").iterdir()]) == 2
+
+
+@pytest.mark.parametrize("place", ["beside", "a folder further", "the mirror", "included", "a function"])
+def test_what_is_kept_follows_the_data_of_a_definition(
+    facts: EvalFacts, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Wherever a definition's parts lie."""
+    folder, changed = tmp_path / "mine", tmp_path / "mine" / "own.jsonl"
+    name = write_task(folder)
+    if place == "a folder further":
+        changed = tmp_path / "data.jsonl"
+        name = write_task(folder, dataset_kwargs={"data_files": {"test": "../data.jsonl"}})
+        (folder / "own.jsonl").rename(changed)
+    elif place == "the mirror":
+        changed = write_mirror(tmp_path / "mirror", "some/body/default/test", rows_of())
+        monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+        name = write_task(folder, dataset_path="some/body", dataset_kwargs=None)
+    elif place == "included":
+        changed = tmp_path / "base.yaml"
+        (folder / name).rename(changed)
+        (folder / name).write_text(json.dumps({"include": "../base.yaml", "task": "own"}))
+    elif place == "a function":
+        changed = folder / "asking.py"
+        changed.write_text("def ask(doc):\n    return doc['question']  # tree\n")
+        (folder / name).write_text((folder / name).read_text().replace('"{{question}}"', "!function asking.ask"))
+    facts = EvalFacts(facts.config, facts.tokenizer, "", str(folder))
+    first = ZeroShot(tasks=name).conditions(facts)
+    assert ZeroShot(tasks=name).conditions(facts) == first
+    changed.write_text(changed.read_text().replace("tree", "trees").replace("{{question}}", "{{question}}?"))
+    assert ZeroShot(tasks=name).conditions(facts) != first
+
+
+def test_without_a_mirror_lm_eval_loads_the_data_itself(
+    model: PreTrainedModel, facts: EvalFacts, stock: None, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None = None, **_: Any) -> Any:
+        asked.append((path, name))
+        rows = datasets.Dataset.from_list(arc(4))
+        return {"train": rows, "validation": rows, "test": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    score = measure(model, facts, tasks="arc_easy")
+    assert set(asked) == {("allenai/ai2_arc", "ARC-Easy")}
+    assert len(score.items["right"]) == 4
+    assert not (own_cache / "tasks").exists(), "what the Hub has may change"
+
+
+def test_without_mirror_or_network(facts: EvalFacts, stock: None) -> None:
+    with pytest.raises(DataError, match=r"arc_easy cannot be loaded: .*\. Without a network set PRUNEBENCH_MIRROR"):
+        ZeroShot(tasks="arc_easy").conditions(facts)

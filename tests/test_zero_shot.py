@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support import Bench, fingerprint, same_bits, tiny, traces, write_mirror
+from support import Bench, Ran, fingerprint, same_bits, tiny, traces, write_mirror
 from transformers import PreTrainedModel
 
 from prunebench.bench.evals import lm_model, lm_tasks, task_index
 from prunebench.bench.evals.task_index import SETS
 from prunebench.bench.evals.zero_shot import ZeroShot
+from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob, Score
 from prunebench.toolkit.heads import untie_head
@@ -602,3 +603,163 @@ def test_without_a_mirror_lm_eval_loads_the_data_itself(
 def test_without_mirror_or_network(facts: EvalFacts, stock: None) -> None:
     with pytest.raises(DataError, match=r"arc_easy cannot be loaded: .*\. Without a network set PRUNEBENCH_MIRROR"):
         ZeroShot(tasks="arc_easy").conditions(facts)
+
+
+# Bad input
+
+
+@pytest.fixture
+def complaint(command: Callable[..., Ran], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `prunebench eval` says, in one sentence or two, to tasks in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    if (tmp_path / "mirror").is_dir():
+        monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+
+    def ask(tasks: str, more: str = "") -> str:
+        return command("eval", bench.model, "--eval", f"zero_shot[tasks={tasks}{more}]").complaint
+
+    return ask
+
+
+def test_an_unknown_task(wanda7: Path, complaint: Callable[..., str]) -> None:
+    said = complaint("boolq+arc_esay")
+    assert said.startswith("error: there is no task 'arc_esay'; did you mean 'arc_easy'? Near ones: ")
+    assert said.count(",") < 8
+
+
+@pytest.mark.parametrize(
+    ("tasks", "says"),
+    [
+        ("mmlu_anatomy", "the task mmlu_anatomy needs cais/mmlu/anatomy/test.jsonl, and PRUNEBENCH_MIRROR has nothing of it."),
+        ("mmlu", "needs cais/mmlu/abstract_algebra/test.jsonl, and PRUNEBENCH_MIRROR has nothing of it."),
+        ("blimp", "no task of blimp can be had: the task blimp_adjunct_island needs nyu-mll/blimp/adjunct_island/train.jsonl"),
+        ("boolq+boolq", "zero_shot: the task boolq is asked for twice; each counts once."),
+        ("boolq,metric=f1", "zero_shot: the metric is acc or acc_norm, not 'f1'."),
+        ("boolq,metric=acc_norm", "zero_shot: boolq has no acc_norm; it has acc."),
+        ("boolq,shots=-1", "zero_shot: shots cannot be -1."),
+        ("boolq,limit=-1", "zero_shot: limit cannot be -1."),
+        ("arc_easy,shots=2", "the task arc_easy needs examples for 2 shots, and PRUNEBENCH_MIRROR has test only."),
+        ("boolq,shots=2", "the task boolq needs examples for 2 shots, and PRUNEBENCH_MIRROR has validation only."),
+    ],
+)
+def test_requests_that_cannot_be_met(wanda7: Path, complaint: Callable[..., str], tasks: str, says: str) -> None:
+    assert says in complaint(tasks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"output_type": "generate_until"}, "own is a task of kind generate_until; it takes multiple_choice and loglikelihood"),
+        ({"num_fewshot": 0}, "the definition of own forbids examples (num_fewshot: 0), so shots must be 0"),
+        ({"task": None}, "own.yaml defines no task of lm-eval: it needs a `task:`"),
+        ({"doc_to_target": -1}, "the task own has no right answer for question 0"),
+        ({"doc_to_target": "nothing"}, "the task own has no right answer for question 0"),
+        ({"doc_to_choice": "{{answers"}, "the task own cannot be loaded: TemplateSyntaxError"),
+        ({"dataset_kwargs": None}, "data_files: {SPLIT: FILE.jsonl}"),
+        ({"dataset_kwargs": {"data_files": ["own.jsonl"]}}, "data_files: {SPLIT: FILE.jsonl}"),
+        ({"dataset_kwargs": {"data_files": {"test": "none.jsonl"}}}, "the file none.jsonl cannot be read: No such file"),
+        ({"test_split": "other"}, "the task own cannot be loaded: KeyError: 'other'"),
+    ],
+    ids=str,
+)
+def test_definitions_that_cannot_be_asked(
+    tmp_path: Path, complaint: Callable[..., str], changes: dict[str, Any], says: str
+) -> None:
+    said = complaint(write_task(tmp_path, **changes), ",shots=1" if "num_fewshot" in changes else "")
+    assert says in said
+    assert "Without a network" not in said
+
+
+@pytest.mark.parametrize("text", ["task: [own\n", "task: !!python/object:os.system {}\n  - x", "\x00"], ids=repr)
+def test_a_broken_definition(tmp_path: Path, complaint: Callable[..., str], text: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    assert "own.yaml cannot be read as a definition of a task: " in complaint("own.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "words\n"], ids=repr)
+def test_a_file_that_defines_nothing(tmp_path: Path, complaint: Callable[..., str], text: str) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    assert "own.yaml defines no task of lm-eval" in complaint("own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"right": 0}', '{"right": '], "own.jsonl, line 2, is not JSON: "),
+        (["", "[1]"], "own.jsonl, line 2, is no object with named columns."),
+        (["", ""], "the file own.jsonl is empty."),
+        (["\udcff"], "the file own.jsonl is not UTF-8: invalid start byte at byte 0."),
+    ],
+)
+def test_broken_data(tmp_path: Path, complaint: Callable[..., str], lines: list[str], says: str) -> None:
+    name = write_task(tmp_path)
+    (tmp_path / "own.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert says in complaint(name)
+
+
+@pytest.mark.parametrize("right", [-1, 3, None, "", [], [0, 3]], ids=repr)
+def test_a_question_without_an_answer(tmp_path: Path, complaint: Callable[..., str], right: Any) -> None:
+    """As the test splits of GLUE and HellaSwag are: their answers are not published."""
+    rows = [{**row, "right": right if number > 8 else row["right"]} for number, row in enumerate(rows_of())]
+    if isinstance(right, list):
+        rows = [{**row, "right": [row["right"]] if isinstance(row["right"], int) else row["right"]} for row in rows]
+    if right == "":
+        rows = [{**row, "right": row["answers"][0] if row["right"] != "" else ""} for row in rows]
+    said = complaint(write_task(tmp_path, rows))
+    assert "the task own has no right answer for question 9, so it cannot be scored." in said
+
+
+def test_a_stock_task_without_answers(wanda7: Path, complaint: Callable[..., str]) -> None:
+    path = wanda7 / "Rowan/hellaswag/default/validation.jsonl"
+    path.write_text(path.read_text().replace('"label": "1"', '"label": ""'))
+    assert "the task hellaswag cannot be loaded: ValueError: invalid literal for int()" in complaint("hellaswag")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("", "an answer is empty, so it has no likelihood"),
+        (" ".join(WORDS * 8), r"' the a boy .*' is \d+ tokens, and the model takes 1 to 64"),
+    ],
+    ids=["empty", "long"],
+)
+def test_answers_that_have_no_likelihood(
+    model: PreTrainedModel, facts: EvalFacts, tmp_path: Path, answer: str, says: str
+) -> None:
+    rows = [*rows_of(answers=2), {"question": "the", "answers": ["a", answer], "right": 0}]
+    name = write_task(tmp_path, rows, target_delimiter=" " if answer else "")
+    with pytest.raises(DataError, match=says):
+        measure(model, facts, tasks=name)
+
+
+def test_a_tokenizer_without_a_first_token(facts: EvalFacts) -> None:
+    tokenizer: Any = copy.deepcopy(facts.tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(DataError, match="lm-eval begins a text with BOS or EOS, and the tokenizer has neither"):
+        ZeroShot().conditions(EvalFacts(facts.config, tokenizer, "", facts.folder))
+
+
+def test_a_model_without_a_tokenizer(facts: EvalFacts) -> None:
+    with pytest.raises(DataError, match="zero_shot: tasks are text, and the model has no tokenizer"):
+        ZeroShot().conditions(EvalFacts(facts.config, None, "", facts.folder))
+
+
+# The quickstart's own task
+
+
+def test_the_quickstart_pairs(model: PreTrainedModel, facts: EvalFacts) -> None:
+    facts = EvalFacts(facts.config, facts.tokenizer, "", str(suites_folder()))
+    name = "quickstart/tasks/pairs.yaml"
+    conditions = ZeroShot(tasks=name, limit=40).conditions(facts)
+    assert list(conditions["tasks"]) == ["prunebench_pairs"]
+    lines = (suites_folder() / "quickstart/tasks/pairs.jsonl").read_text().splitlines()
+    assert conditions["tasks"]["prunebench_pairs"]["items"] == len(lines) >= 800
+    score = measure(model, facts, tasks=name, limit=40)
+    rows = [json.loads(line) for line in lines[:40]]
+    assert score.items["stratum"] == [f"prunebench_pairs: {row['phenomenon']}" for row in rows]
+    assert set(score.items["gold"]) == {0}
+    tokenizer: Any = facts.tokenizer
+    expected = [
+        [by_hand(model, facts, tokenizer.bos_token, row[key]) for key in ("sentence_good", "sentence_bad")] for row in rows
+    ]
+    assert np.allclose(likelihoods_of(score), expected, atol=6e-4)

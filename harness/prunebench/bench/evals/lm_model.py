@@ -33,11 +33,8 @@ class ModelInMemory(HFLM):  # type: ignore[misc]
         """Likelihoods of continuations, and whether each is what the model would have written.
 
         Raises:
-            DataError: a question begins a text, and the tokenizer has no token to begin one with; or an answer has no tokens,
-                or more than the model's context.
+            DataError: an answer has no tokens, or more than the model's context.
         """
-        if self.prefix_token_id is None and any(request.args[0] == "" for request in requests):
-            raise DataError("zero_shot: a question begins a text, and the tokenizer has neither BOS nor EOS to begin it with.")
         if any(request.args[1] == "" for request in requests):
             raise DataError("zero_shot: an answer is empty, so it has no likelihood.")
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -113,11 +113,10 @@ def data_key(asked: str, folder: Path) -> str | None:
             index = stock_index()
             leaves = [leaf for name in SETS.get(asked) or asked.split("+") for leaf in index.leaves(name)]
             places = _places([index.entries[leaf]["data"] for leaf in leaves])
-    except (KeyError, DataError, OSError, ValueError, yaml.YAMLError):
+        contents = None if places is None else [f"{name} {digest_file(file)}" for name, file in places]
+    except (KeyError, DataError, OSError, ValueError, yaml.YAMLError):  # said when the tasks are loaded
         return None
-    if places is None:
-        return None
-    return digest([lm_eval_version(), *(f"{name} {digest_file(file)}" for name, file in places)])
+    return digest([lm_eval_version(), *contents]) if contents is not None else None
 
 
 def _places_of_file(path: Path) -> list[tuple[str, Path]] | None:

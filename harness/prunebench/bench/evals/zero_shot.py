@@ -49,6 +49,8 @@ class ZeroShot(Eval):
         """Version of lm-eval, tasks with their versions, data and prompts, metric, shots, limit."""
         if facts.tokenizer is None:
             raise DataError("zero_shot: tasks are text, and the model has no tokenizer.")
+        if facts.tokenizer.bos_token_id is None and facts.tokenizer.eos_token_id is None:
+            raise DataError("zero_shot: lm-eval begins a text with BOS or EOS, and the tokenizer has neither.")
         folder = Path(facts.folder)
         key = data_key(self.tasks, folder)
         key = key and digest([key, self.tasks, str(self.shots), self.metric, str(self.revision)])

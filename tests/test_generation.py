@@ -178,6 +178,21 @@ def test_a_model_that_knows_what_it_does_not_say(tmp_path: Path) -> None:
     assert score.items["margin"] == [pytest.approx(math.log(3), abs=1e-4)]
 
 
+def test_words_that_are_equally_likely_are_not_told_apart(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [{"phenomenon": "number", "prefix": "Two", "good": "cats", "bad": "dogs"}])
+    score = measure(Oracle(lambda _: {}), facts_of(tmp_path))
+    assert (score.items["margin"], score.items["recognised"]) == ([0.0], [0])
+
+
+def test_the_right_answer_is_set_against_the_likeliest_of_the_others(tmp_path: Path, fake_mirror: Callable[..., Path]) -> None:
+    chances = {"b": 0.4, "a": 0.5, "c": 0.06, "h": 0.04}
+    lambada(fake_mirror, "So we met b", "she saw a", "he took c", "in the h")
+    score = measure(Oracle(lambda text: chances if text.endswith(" ") else {" ": 1.0}), facts_of(tmp_path), tasks=("lambada",))
+    best = [max(chance for other, chance in chances.items() if other != right) for right in "bach"]
+    assert score.items["margin"] == pytest.approx([math.log(chances["bach"[i]] / best[i]) for i in range(4)], abs=1e-4)
+    assert score.items["recognised"] == [0, 1, 0, 0]
+
+
 @pytest.mark.parametrize(("goes_on", "margin"), [(0.9, math.log(0.1 / 0.9)), (0.2, math.log(0.8 / 0.2))])
 def test_a_word_that_another_begins_with_is_judged_by_its_end(tmp_path: Path, goes_on: float, margin: float) -> None:
     write_pairs(tmp_path, [{"phenomenon": "agreement", "prefix": "They", "good": "go", "bad": "gos"}])
@@ -357,8 +372,16 @@ def test_an_end_of_text_that_the_tokenizer_adds_is_left_out(tmp_path: Path) -> N
 
 
 def test_words_end_before_all_but_letters_and_digits(tmp_path: Path) -> None:
-    ends = Reader(facts_of(tmp_path, vocab_size=200)).word_ends().tolist()
-    assert ends == [i for i in range(LETTERS) if not chr(i).isalnum()]
+    class Pieces(Spelling):
+        all_special_ids = (END, ord("z"))
+
+        def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+            return ["▁q" if chr(i) == "q" else chr(i) for i in ids]
+
+    marks = {i for i in range(LETTERS) if not chr(i).isalnum()}
+    assert set(Reader(facts_of(tmp_path, vocab_size=200)).word_ends().tolist()) == marks
+    found = Reader(facts_of(tmp_path, Pieces())).word_ends().tolist()
+    assert set(found) == marks | {ord("q"), ord("z")}, "one begins with a space that decoding drops, the other is special"
 
 
 # Words
@@ -636,3 +659,15 @@ def test_numbers_that_end_while_decoding(tmp_path: Path) -> None:
     model.broken = "x"
     with pytest.raises(NonFiniteError, match="the model's predictions are NaN while it answers"):
         measure(model, facts_of(tmp_path))
+
+
+def test_only_some_phenomena(tmp_path: Path) -> None:
+    name = write_pairs(tmp_path)
+    (whole,) = load_tasks([name], 0, tmp_path)
+    one = whole.questions[0].stratum
+    (some,) = load_tasks([name], 0, tmp_path, [one])
+    assert some.questions == [question for question in whole.questions if question.stratum == one]
+    assert 0 < len(some.questions) < len(whole.questions)
+    assert some.conditions()["question_hash"] != whole.conditions()["question_hash"]
+    with pytest.raises(UnknownNameError, match=f"no phenomenon in {name} '{one}s'; did you mean '{one}'"):
+        load_tasks([name], 0, tmp_path, [f"{one}s"])

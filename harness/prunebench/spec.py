@@ -295,6 +295,9 @@ class Eval(abc.ABC):
     def conditions(self, facts: EvalFacts) -> JsonDict:
         """Everything that makes two values comparable; asked when a run is planned, before any model is loaded.
 
+        `least_of_dense` among them is the value below which the dense model's makes every other meaningless: tables of such a
+        score are left out.
+
         Raises:
             DataError: the data cannot be had, or does not fit the model.
         """

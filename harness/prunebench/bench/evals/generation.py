@@ -25,6 +25,9 @@ from prunebench.toolkit.cache import digest
 NEW_TOKENS, MARGIN = 20, 4
 """Tokens decoded: enough to see a loop, and some more than the longest answer has."""
 
+LEAST_OF_DENSE = 0.1
+"""Where the dense model produces less, a board leaves the table out: what pruning changes there cannot be seen."""
+
 LONGEST_PHRASE = 4
 TIMES = 3
 
@@ -41,6 +44,8 @@ class Generation(Eval):
     tasks: tuple[str, ...] = option(("lambada",), "lambada (the last word), or FILE.jsonl of pairs; joined by +")
     limit: int = option(0, "use only so many questions of each task, from the start; 0 is all")
 
+    phenomena: tuple[str, ...] = option((), "of pairs only these phenomena, joined by +; none is all")
+
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise OptionError(f"generation: the number of questions cannot be {self.limit}.")
@@ -48,7 +53,7 @@ class Generation(Eval):
 
     def conditions(self, facts: EvalFacts) -> JsonDict:
         """Each task's data, questions and wrong answers; how answers are decoded and compared."""
-        tasks = load_tasks(self.tasks, self.limit, Path(facts.folder))
+        tasks = load_tasks(self.tasks, self.limit, Path(facts.folder), self.phenomena)
         reader = Reader(facts)
         longest = max(len(reader.tokens(f" {question.answer}")) for task in tasks for question in task.questions)
         parts = [task.conditions() for task in tasks]
@@ -63,12 +68,13 @@ class Generation(Eval):
             "new_tokens": max(NEW_TOKENS, longest + MARGIN),
             "normalisation": NORMALISATION,
             "repetitive": f"a phrase of up to {LONGEST_PHRASE} words, {TIMES} times, half of all; or the prefix's last word",
+            "least_of_dense": LEAST_OF_DENSE,
             "prefix": "BOS as the tokenizer adds it; cut on the left to the model's context",
         }
 
     def measure(self, job: EvalJob) -> Score:
         """Both answers to every question; the value is the mean over tasks of the share produced."""
-        tasks = load_tasks(self.tasks, self.limit, Path(job.facts.folder))
+        tasks = load_tasks(self.tasks, self.limit, Path(job.facts.folder), self.phenomena)
         asked = [(task.name, question) for task in tasks for question in task.questions]
         reader, new_tokens = Reader(job.facts), job.conditions["new_tokens"]
         prompts = [reader.prompt(question, new_tokens) for _, question in asked]

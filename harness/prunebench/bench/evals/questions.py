@@ -80,18 +80,20 @@ def check_task_names(names: Sequence[str]) -> None:
             raise UnknownNameError.among("task", name, ["lambada", "FILE.jsonl"])
 
 
-def load_tasks(names: Sequence[str], limit: int, folder: Path) -> list[Task]:
+def load_tasks(names: Sequence[str], limit: int, folder: Path, phenomena: Sequence[str] = ()) -> list[Task]:
     """The tasks by name, each with its first `limit` questions (0: all).
 
     Args:
         names: `lambada`, or a file of pairs: JSON lines with `prefix`, `good`, `bad` and `phenomenon`.
         limit: does not change a question's wrong answers.
         folder: where relative file names start.
+        phenomena: of pairs only these; none is all.
 
     Raises:
         DataError: the data are not there, a question has no answer, or two tasks have one name.
+        UnknownNameError: a file has no pair of a phenomenon.
     """
-    tasks = [_lambada(limit) if name == "lambada" else _pairs(name, limit, folder) for name in names]
+    tasks = [_lambada(limit) if name == "lambada" else _pairs(name, limit, folder, phenomena) for name in names]
     called = [task.name for task in tasks]
     if twice := next((name for name in called if called.count(name) > 1), None):
         raise DataError(f"two tasks are called {twice}; give each file a name of its own.")
@@ -126,7 +128,7 @@ def _others(last: Sequence[str], index: int) -> tuple[str, ...]:
     raise DataError(f"lambada: {len(last)} passages have fewer than {LAMBADA_WRONG + 1} different last words.")
 
 
-def _pairs(name: str, limit: int, folder: Path) -> Task:
+def _pairs(name: str, limit: int, folder: Path, phenomena: Sequence[str]) -> Task:
     path = resolve_file(name, folder)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -136,6 +138,12 @@ def _pairs(name: str, limit: int, folder: Path) -> Task:
     questions = [question for question in found if question is not None]
     if not questions:
         raise DataError(f"the file {name} holds no pair with a prefix.")
+    there = {question.stratum for question in questions}
+    for phenomenon in phenomena:
+        if phenomenon not in there:
+            raise UnknownNameError.among(f"phenomenon in {name}", phenomenon, there)
+    if phenomena:
+        questions = [question for question in questions if question.stratum in phenomena]
     source = Source(path.name, "", "", "file", digest_file(path), True)
     return Task(path.stem, questions[: limit or None], source, _WRONG_OF["pairs"])
 

@@ -23,6 +23,7 @@ from prunebench.errors import DataError, NonFiniteError, OptionError, UnknownNam
 from prunebench.options import build, canonical, parse_step
 from prunebench.plugins import load_registry
 from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.loading import ModelSource, identify, load_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -282,6 +283,24 @@ def test_padding_changes_nothing_in_any_family(tmp_path: Path, family: str) -> N
             log_p = model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
             slow = sum(float(log_p[at - 1, ids[at]]) for at in range(prompt.begins, len(ids)))
             assert value == pytest.approx(slow + float(log_p[-1, 5:25].logsumexp(0)), abs=1e-5)
+
+
+def test_adapters_count(tmp_path: Path) -> None:
+    """Hooks on matrices, as a step attaches them, are in force for both answers."""
+    model, facts = tiny("llama", torch.float64, **SHAPE), facts_of(tmp_path)
+    write_pairs(tmp_path, ASKED[:1])
+    without = measure(model, facts).items
+    anatomy, generator = find_anatomy(model), torch.Generator().manual_seed(0)
+    for matrix in (matrix for block in anatomy.blocks for matrix in block.matrices):
+        outputs, inputs = matrix.weight.shape
+        down, up = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, inputs), (outputs, 2)))
+        anatomy.adapters.attach(matrix, down, up, 0.5)
+    found = measure(model, facts).items
+    prefix, good, bad = (str(ASKED[0][name]) for name in ("prefix", "good", "bad"))
+    new = slow_continuation(model, list(prefix.encode()), 20, [END])
+    assert found["answer"] == [" ".join(words("".join(map(chr, new)))[:1])[:24]] != without["answer"]
+    margin = slow_log_likelihood(model, prefix, good) - slow_log_likelihood(model, prefix, bad)
+    assert found["margin"] == [pytest.approx(margin, abs=1e-4)] != without["margin"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import tomllib
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from support import Bench, cases
 
+from prunebench.bench.commands import narrowed
 from prunebench.bench.plan import Planner
 from prunebench.bench.suite import Suite, load_suite, shipped_suites, suites_folder, with_dense
 from prunebench.errors import DataError, ModelError, OptionError, RequestError, UnknownNameError
@@ -253,6 +256,20 @@ def test_shipped_suites_are_good_and_say_their_own_name(name: str) -> None:
     assert suite.folder == suites_folder()
     registry = load_registry()
     assert Planner(suite, registry, "here", "", "cpu")._method(suite.method[-1]).specs
+
+
+def test_the_standard_benchmark_is_frozen() -> None:
+    """A change of what it runs is standard-2; comments may change."""
+    content = tomllib.loads(shipped_suites()["standard-1"].read_text(encoding="utf-8"))
+    found = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert found == "92b1df86d8adca103a5b0288a964962e213e8f03c1b646fd85c4ceeda61e2dc9"
+
+
+def test_the_standard_benchmark_takes_anybodys_model_and_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = narrowed(load_suite("standard-1"), [str(folder / "tiny")], ["wanda"])
+    assert [entry.steps for entry in with_dense(suite).method] == [("dense",), ("wanda",)]
+    assert [entry.name for entry in suite.model] == [str(folder / "tiny")]
+    assert suite.model[0].dtype is None
 
 
 def test_a_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

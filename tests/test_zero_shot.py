@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from support import Bench, Ran, fingerprint, same_bits, tiny, traces, write_mirror
@@ -27,7 +31,7 @@ from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob, Score
 from prunebench.toolkit.heads import untie_head
-from prunebench.toolkit.loading import ModelSource, identify
+from prunebench.toolkit.loading import ModelSource, identify, load_model
 from prunebench.toolkit.state import capture, differences, guarded
 from prunebench.toolkit.walk import evaluating
 
@@ -154,7 +158,7 @@ def test_answers_are_those_of_lm_eval_one_at_a_time(
     name = write_task(tmp_path, rows)
     choices, right, numbers = plainly(model, facts, tmp_path / name, metric)
     seen = []
-    for tokens in (1, 40, 2048):
+    for tokens in (1, 40, 1024):
         monkeypatch.setattr(lm_model, "HOST_TOKENS", tokens)
         score = measure(model, facts, tasks=name, metric=metric)
         assert (score.items["choice"], score.items["right"]) == (choices, right)
@@ -216,6 +220,19 @@ def test_the_model_and_everything_global_stay_as_they_were(
     assert model.config.to_dict() == settings
     assert not differences(state, capture())
     assert tokenizer.pad_token is None
+
+
+def test_choices_are_filled_in_once_a_question(
+    model: PreTrainedModel, facts: EvalFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval compiles their template anew each time."""
+    name, filled = write_task(tmp_path), []
+    evaluation = ZeroShot(tasks=name)
+    evaluation.conditions(facts)
+    render = lm_eval.utils.apply_template
+    monkeypatch.setattr(lm_eval.utils, "apply_template", lambda text, doc: filled.append(text) or render(text, doc))
+    measure(model, facts, tasks=name)
+    assert filled.count(PLAIN["doc_to_choice"]) == 12
 
 
 def test_progress_is_told(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -638,8 +655,8 @@ def test_an_unknown_task(wanda7: Path, complaint: Callable[..., str]) -> None:
         ("boolq,metric=acc_norm", "zero_shot: boolq has no acc_norm; it has acc."),
         ("boolq,shots=-1", "zero_shot: shots cannot be -1."),
         ("boolq,limit=-1", "zero_shot: limit cannot be -1."),
-        ("arc_easy,shots=2", "the task arc_easy needs examples for 2 shots, and PRUNEBENCH_MIRROR has test only."),
-        ("boolq,shots=2", "the task boolq needs examples for 2 shots, and PRUNEBENCH_MIRROR has validation only."),
+        ("arc_easy,shots=2", "the task arc_easy needs examples for 2 shots, and of its data only the split test is there."),
+        ("boolq,shots=2", "boolq needs examples for 2 shots, and of its data only the split validation is there."),
     ],
 )
 def test_requests_that_cannot_be_met(wanda7: Path, complaint: Callable[..., str], tasks: str, says: str) -> None:
@@ -763,3 +780,107 @@ def test_the_quickstart_pairs(model: PreTrainedModel, facts: EvalFacts) -> None:
         [by_hand(model, facts, tokenizer.bos_token, row[key]) for key in ("sentence_good", "sentence_bad")] for row in rows
     ]
     assert np.allclose(likelihoods_of(score), expected, atol=6e-4)
+
+
+# Real models, and the `lm_eval` command itself
+
+
+def write_definitions(names: Sequence[str], mirror: Path, folder: Path) -> None:
+    """The stock definitions with nothing but the place of their data changed."""
+    root = Path(lm_eval.__file__).parent / "tasks"
+    index = task_index.stock_index()
+    for name in names:
+        path = root / index.entries[name]["file"]
+        stock = yaml.safe_load(path.read_text().replace("!function", ""))
+        base = stock
+        while "include" in base:
+            base = yaml.safe_load((path.parent / base["include"]).read_text().replace("!function", ""))
+        data = mirror / "datasets" / index.entries[name]["data"]
+        splits = {**base, **stock}
+        there = {file.stem: str(file) for file in data.glob("*.jsonl")}
+        kept = {key: splits.get(f"{key}_split") for key in ("test", "validation", "training", "fewshot")}
+        changes = {
+            "include": str(path),
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: there[split] for split in kept.values() if split in there}},
+            **{f"{key}_split": None for key, split in kept.items() if split is not None and split not in there},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(changes))
+
+
+def by_command(names: Sequence[str], model: Path, mirror: Path, folder: Path, limit: int) -> dict[str, list[dict[str, Any]]]:
+    """Every question's answer, by `lm_eval run`."""
+    write_definitions(names, mirror, folder)
+    arguments = [
+        *("--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "4"),
+        *("--tasks", ",".join(names), "--include_path", str(folder), "--num_fewshot", "0", "--limit", str(limit)),
+        *("--log_samples", "--output_path", str(folder / "out")),
+    ]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {}
+    for name in names:
+        [path] = (folder / "out").glob(f"*/samples_{name}_2*.jsonl")
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        found[name] = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return found
+
+
+KINDS = (
+    "blimp_adjunct_island",
+    "blimp_passive_1",
+    "hellaswag",
+    "arc_easy",
+    "openbookqa",
+    "winogrande",
+    "boolq",
+    "rte",
+    "lambada_openai",
+    "mmlu_anatomy",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260K", "wiki7m"])
+def test_answers_are_those_of_the_lm_eval_command(mirror: Path, tmp_path: Path, name: str) -> None:
+    """Question by question: which answer, whether it is right, and every likelihood."""
+    limit = 40
+    source = ModelSource(mirror / "models" / name, name, "local")
+    identity = identify(source)
+    facts = EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(tmp_path))
+    score = measure(load_model(source, "float32"), facts, tasks="+".join(KINDS), limit=limit)
+    expected = by_command(KINDS, mirror / "models" / name, mirror, tmp_path, limit)
+    numbers = likelihoods_of(score)
+    for task in KINDS:
+        rows = [number for number, member in enumerate(score.items["task"]) if member == task]
+        assert len(rows) == len(expected[task]) == limit
+        for row, sample in zip(rows, expected[task], strict=True):
+            theirs = [float(answer[0]) for answer in sample["filtered_resps"]]
+            assert numbers[row] == pytest.approx(theirs, abs=1e-3), (task, sample["doc_id"])
+            assert score.items["right"][row] == sample["acc"], (task, sample["doc_id"])
+            if task != "lambada_openai":
+                assert score.items["choice"][row] == int(np.argmax(theirs)), (task, sample["doc_id"])
+        assert score.parts[task] == pytest.approx(np.mean([sample["acc"] for sample in expected[task]]))
+
+
+@pytest.mark.slow
+def test_wiki7m_knows_the_quickstart_pairs(mirror: Path) -> None:
+    source = ModelSource(mirror / "models" / "wiki7m", "wiki7m", "local")
+    identity = identify(source)
+    facts = EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(suites_folder()))
+    score = measure(load_model(source, "float32"), facts, tasks="quickstart/tasks/pairs.yaml")
+    assert score.value is not None
+    assert score.value > 0.75
+    assert len(set(score.items["stratum"])) >= 8
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_questions_are_no_examples(tmp_path: Path, complaint: Callable[..., str], split: str) -> None:
+    files = {"data_files": {split: "own.jsonl"}}
+    name = write_task(tmp_path, dataset_kwargs=files, **{"test_split": None, f"{split}_split": split})
+    assert f"own needs examples for 1 shots, and of its data only the split {split} is there" in complaint(name, ",shots=1")

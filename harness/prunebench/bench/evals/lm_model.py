@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 from prunebench.errors import DataError
 from prunebench.spec import EvalJob
 
-HOST_TOKENS, DEVICE_LOGITS = 2048, 1 << 28
-"""How much goes into a batch: tokens on a host, where larger batches gain nothing; logits on a device (1 GiB in float32)."""
+HOST_TOKENS, DEVICE_LOGITS = 1024, 1 << 28
+"""How much goes into a batch: tokens on a host, where larger ones leave its caches; logits on a device (1 GiB in float32)."""
 
 _Request = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation, and the tokens of both."""

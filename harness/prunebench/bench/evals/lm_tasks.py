@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from prunebench.bench.evals.task_index import SETS, TaskIndex, file_index, local_files, stock_index
+from prunebench.bench.evals.task_index import SETS, TaskIndex, file_index, local_files, read_rows, stock_index
 from prunebench.errors import DataError, OptionError, UnknownNameError
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
@@ -46,6 +46,24 @@ _WORDING = (
 
 _SHOWN = 20
 """Questions whose wording goes into a prompt's hash; the definition and the data are hashed whole."""
+
+
+class RememberingTask(ConfigurableTask):  # type: ignore[misc]
+    """A task that fills in its template of choices once a question: lm-eval compiles it anew four times, which takes it longer
+    than a small model takes to answer."""
+
+    def __init__(self, config: JsonDict) -> None:
+        self._choices: dict[str, list[str]] = {}
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def doc_to_choice(self, doc: Mapping[str, Any], doc_to_choice: Any = None) -> list[str]:
+        """The choices of a question."""
+        key = repr(doc)
+        if doc_to_choice is not None or not isinstance(self.config.doc_to_choice, str):
+            return list(super().doc_to_choice(doc, doc_to_choice))
+        if key not in self._choices:
+            self._choices[key] = super().doc_to_choice(doc)
+        return list(self._choices[key])
 
 
 @dataclass
@@ -116,6 +134,8 @@ def gold_of(task: Task, doc: Mapping[str, Any]) -> int | None:
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "loglikelihood":
         return 0 if str(gold).strip() else None
+    if gold == task.config.doc_to_target == 0:  # the first of the choices, whatever they are
+        return 0
     choices = task.doc_to_choice(doc)
     found = [choices.index(one) if isinstance(one, str) and one in choices else one for one in _listed(gold)]
     if not found or not all(isinstance(one, int) and 0 <= one < len(choices) for one in found):
@@ -149,7 +169,10 @@ def _built(index: TaskIndex, name: str, shots: int) -> dict[str, Task]:
     leaves = index.leaves(name)
     folders = sorted({str((index.root / index.entries[leaf]["file"]).parent) for leaf in leaves})
     manager = TaskManager(include_defaults=False, include_path=folders)
-    specs = [{"task": leaf, **_data_of(leaf, manager, shots)} for leaf in leaves]
+    specs = [{"task": leaf, **_data_of(leaf, manager)} for leaf in leaves]
+    for spec in specs:
+        if "class" not in (manager.task_index[spec["task"]].cfg or {}):  # as a task in Python has
+            spec["class"] = RememberingTask
     try:
         loaded = manager.load([{"group": "prunebench", "task": specs}])["tasks"]
     except DataError:
@@ -161,12 +184,30 @@ def _built(index: TaskIndex, name: str, shots: int) -> dict[str, Task]:
     for leaf, task in loaded.items():
         if task.OUTPUT_TYPE not in ANSWERED:
             raise OptionError(f"zero_shot: {leaf} is a task of kind {task.OUTPUT_TYPE}; it takes {' and '.join(ANSWERED)}.")
-        if shots and task.get_config("num_fewshot") == 0:  # lm-eval keeps to that, whatever it is asked
-            raise OptionError(f"zero_shot: the definition of {leaf} forbids examples (num_fewshot: 0), so shots must be 0.")
+        if shots:
+            _check_examples(leaf, task, shots)
     return {leaf: loaded[leaf] for leaf in leaves}
 
 
-def _data_of(name: str, manager: TaskManager, shots: int) -> JsonDict:
+def _check_examples(name: str, task: Task, shots: int) -> None:
+    """See that there are examples that are not the questions themselves: lm-eval would take those where it finds no others.
+
+    Raises:
+        OptionError: the definition wants none.
+        DataError: there are none.
+    """
+    definition = task.config
+    if definition.num_fewshot == 0:  # lm-eval keeps to that, whatever it is asked
+        raise OptionError(f"zero_shot: the definition of {name} forbids examples (num_fewshot: 0), so shots must be 0.")
+    asked = definition.test_split or definition.validation_split
+    # From the test split it draws others than the question itself, but from no other.
+    named = definition.fewshot_split not in (None, asked) or asked == definition.fewshot_split == definition.test_split
+    if named or definition.fewshot_config.samples or {definition.training_split, definition.validation_split} - {None, asked}:
+        return
+    raise DataError(f"the task {name} needs examples for {shots} shots, and of its data only the split {asked} is there.")
+
+
+def _data_of(name: str, manager: TaskManager) -> JsonDict:
     """What to change in a definition so that its data come from the mirror, or from a file beside it.
 
     Raises:
@@ -193,8 +234,6 @@ def _data_of(name: str, manager: TaskManager, shots: int) -> JsonDict:
         )
     if evaluated != asked["test"] and splits.get("fewshot") == evaluated:
         del splits["fewshot"]  # a question would be its own example
-    if shots and not {split for key, split in splits.items() if key == "fewshot" or split != evaluated}:
-        raise DataError(f"the task {name} needs examples for {shots} shots, and PRUNEBENCH_MIRROR has {', '.join(there)} only.")
     changes: JsonDict = {f"{key}_split": None for key, split in asked.items() if split is not None and key not in splits}
     if asked["test"] and "test" not in splits:
         conversion = f"{evaluated} stands in for {asked['test']}"
@@ -208,35 +247,9 @@ def _reader(files: Mapping[str, Path]) -> Callable[..., Any]:
     def read(**_: Any) -> Any:
         import datasets
 
-        return {split: datasets.Dataset.from_list(_rows(path)) for split, path in files.items()}
+        return {split: datasets.Dataset.from_list(read_rows(path)) for split, path in files.items()}
 
     return read
-
-
-def _rows(path: Path) -> list[JsonDict]:
-    """The rows of a file of JSON lines.
-
-    Raises:
-        DataError: it is not there, not such a file, or empty.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
-    except OSError as error:
-        raise DataError(f"the file {path.name} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file {path.name} is not UTF-8: {error.reason} at byte {error.start}.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise DataError(f"{path.name}, line {number}, is not JSON: {error}.") from None
-        if row is not None and not isinstance(row, dict):
-            raise DataError(f"{path.name}, line {number}, is no object with named columns.")
-        rows += [] if row is None else [row]
-    if not rows:
-        raise DataError(f"the file {path.name} is empty.")
-    return rows
 
 
 def facts_of(member: Member, shots: int) -> JsonDict:

@@ -102,11 +102,11 @@ class ZeroShot(Eval):
         import lm_eval
 
         from prunebench.bench.evals.lm_model import ModelInMemory
-        from prunebench.bench.evals.lm_tasks import begin
+        from prunebench.bench.evals.lm_tasks import RememberingTask, begin
 
         for task in asked.tasks.values():
             begin(task, self.shots)
-            if not callable(task.config.process_results):
+            if isinstance(task, RememberingTask) and not callable(task.config.process_results):
                 task.override_metric(self.metric)  # others cost more requests, and lambada's perplexity may overflow
         found = lm_eval.evaluate(
             ModelInMemory(job), {"tasks": asked.tasks}, limit=self.limit or None, bootstrap_iters=0, log_samples=True

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from prunebench.bench.machine import default_device, default_dtype
 from prunebench.bench.overlap import Overlap, overlaps
-from prunebench.bench.specs import AskedEval, Method, RunTokens, build_method, eval_facts, eval_specs, run_spec
+from prunebench.bench.specs import (
+    CALIBRATED,
+    AskedEval,
+    Cell,
+    Method,
+    RunTokens,
+    build_method,
+    eval_facts,
+    eval_specs,
+    expand,
+    run_spec,
+    sequence_length,
+)
 from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite, suites_folder
 from prunebench.errors import DataError, RequestError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, RunSpec
 from prunebench.spec import Needs
-from prunebench.targets import Dense, Target, parse_target
+from prunebench.targets import parse_target
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, TokenArray, Tokens, calibration_tokens, packed_windows
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
 
@@ -43,9 +56,6 @@ class RunRequest:
     tuned: str | None = None
 
 
-_CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
-
-
 @dataclass
 class Planner:
     """Expands a suite; keeps what several runs share (model identities, token arrays, conditions)."""
@@ -59,25 +69,43 @@ class Planner:
     """How much of each evaluation's text was found in training text; filled by `requests`."""
     _tokens: dict[tuple[str, ...], Tokens] = field(default_factory=dict)
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where models are looked for by name."""
+        return [self.suite.folder, suites_folder()]
+
     def requests(self) -> list[RunRequest]:
         """Every run of the suite, models outermost, each method's targets and seeds together.
 
         Raises:
             RequestError: anything in the suite that cannot be done.
         """
+        cells, evals = self.cells(), self.evals()
+        found: dict[str, RunRequest] = {}
+        for entry in self.suite.model:
+            for request in self._of_model(entry, cells, evals):
+                found.setdefault(request.spec.id, request)
+        return list(found.values())
+
+    def cells(self) -> list[Cell]:
+        """The runs of each model.
+
+        Raises:
+            RequestError: a method or target that cannot be read, or text that a method needs and the suite lacks.
+        """
         methods = [self._method(entry) for entry in self.suite.method]
-        evals = [
+        return expand(methods, self.suite.grid.targets, self.suite.grid.seeds)
+
+    def evals(self) -> list[AskedEval]:
+        """The suite's evaluations.
+
+        Raises:
+            RequestError: one that cannot be built.
+        """
+        return [
             AskedEval(entry.use, self.registry.eval(parse_step(entry.use)), self._canonical(entry.targets))
             for entry in self.suite.eval
         ]
-        targets = {text: parse_target(text) for text in self.suite.grid.targets}
-        for method in methods:
-            targets |= {text: parse_target(text) for text in method.targets or ()}
-        found: dict[str, RunRequest] = {}
-        for entry in self.suite.model:
-            for request in self._of_model(entry, methods, evals, targets):
-                found.setdefault(request.spec.id, request)
-        return list(found.values())
 
     @staticmethod
     def _canonical(targets: tuple[str, ...] | None) -> frozenset[str] | None:
@@ -88,7 +116,7 @@ class Planner:
         method.targets, method.seeds, method.tuned = entry.targets, entry.seeds, entry.tuned
         method.calibration = entry.calibration or self.suite.calibration
         name = " + ".join(spec.text for spec in method.specs)
-        wanted = ((_CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
+        wanted = ((CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
         for need, section, found in wanted:
             if method.needs & need and found is None:
                 raise RequestError(
@@ -96,14 +124,8 @@ class Planner:
                 )
         return method
 
-    def _of_model(
-        self,
-        entry: ModelEntry,
-        methods: list[Method],
-        evals: list[AskedEval],
-        targets: dict[str, Target],
-    ) -> list[RunRequest]:
-        source = resolve_model(entry.name, [self.suite.folder, suites_folder()], entry.revision, frozenset(entry.allow))
+    def _of_model(self, entry: ModelEntry, cells: list[Cell], evals: list[AskedEval]) -> list[RunRequest]:
+        source = resolve_model(entry.name, self.folders, entry.revision, frozenset(entry.allow))
         identity = identify(source)
         dtype = entry.dtype or default_dtype(self.device)
         model = ModelSpec(
@@ -116,25 +138,23 @@ class Planner:
         conditions = eval_specs(evals, identity, dtype, self.suite.folder, entry.reload)
         found = []
         trained: dict[str, Tokens] = {}
-        for method in methods:
-            for target in [Dense()] if method.is_dense else [targets[t] for t in method.targets or self.suite.grid.targets]:
-                for seed in (method.seeds or self.suite.grid.seeds) if method.is_seeded else (None,):
-                    tokens = self._run_tokens(method, identity, seed or 0)
-                    chosen = [number for number, asked in enumerate(evals) if asked.wanted_at(target)]
-                    own = tuple(conditions[number] for number in chosen)
-                    _check_texts(tokens, own)
-                    spec = run_spec(model, method, target, seed, tokens, own)
-                    request = self._request(spec, source, tokens, [evals[number].text for number in chosen])
-                    found.append(replace(request, reload=entry.reload, tuned=method.tuned))
-                    if tokens.training is not None:
-                        trained[tokens.training.content] = tokens.training
+        for cell in cells:
+            tokens = self._run_tokens(cell.method, identity, cell.seed or 0)
+            chosen = [number for number, asked in enumerate(evals) if asked.wanted_at(cell.target)]
+            own = tuple(conditions[number] for number in chosen)
+            _check_texts(tokens, own)
+            spec = run_spec(model, cell.method, cell.target, cell.seed, tokens, own)
+            request = self._request(spec, source, tokens, [evals[number].text for number in chosen])
+            found.append(replace(request, reload=entry.reload, tuned=cell.method.tuned))
+            if tokens.training is not None:
+                trained[tokens.training.content] = tokens.training
         self.overlaps += overlaps(evals, list(trained.values()), eval_facts(identity, self.suite.folder))
         return found
 
     def _run_tokens(self, method: Method, identity: ModelIdentity, seed: int) -> RunTokens:
         calibration = training = validation = None
-        length = self._length(self.suite.calibration, identity) if self.suite.calibration else 512
-        if method.needs & _CALIBRATED and method.calibration:
+        length = sequence_length(self.suite.calibration, _context(identity))
+        if method.needs & CALIBRATED and method.calibration:
             calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
             training = self._packed(identity, self.suite.training.source, "train", length, self.suite.training.tokens)
@@ -145,7 +165,7 @@ class Planner:
 
     def _calibration(self, asked: Calibration, identity: ModelIdentity, seed: int) -> Tokens:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
-        length = self._length(asked, identity)
+        length = sequence_length(asked, _context(identity))
         self._check_context(identity, 0 if is_file else length, "calibration")
         key = ("calibration", identity.tokenizer_hash, str(seed), asked.model_dump_json())
         if key not in self._tokens:
@@ -153,12 +173,6 @@ class Planner:
             self._tokens[key] = calibration_tokens(asked.source, vocabulary, asked.samples, length, seed, self.suite.folder)
         self._check_context(identity, self._tokens[key].array.shape[1], "calibration")
         return self._tokens[key]
-
-    @staticmethod
-    def _length(asked: Calibration, identity: ModelIdentity) -> int:
-        """Tokens a sequence: as asked, or the model's context, at most 2048."""
-        context = int(getattr(identity.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
-        return asked.length or min(context, DEFAULT_LENGTH)
 
     def _check_context(self, identity: ModelIdentity, length: int, kind: str) -> None:
         context = getattr(identity.config.get_text_config(), "max_position_embeddings", length)
@@ -187,6 +201,10 @@ class Planner:
             batch_size=limits.batch_size,
             timeout=limits.timeout,
         )
+
+
+def _context(identity: ModelIdentity) -> int:
+    return int(getattr(identity.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
 
 
 def _check_texts(tokens: RunTokens, evals: tuple[EvalSpec, ...]) -> None:

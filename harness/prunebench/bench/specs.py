@@ -12,10 +12,13 @@ from prunebench.options import Step, canonical, parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, Recipe, RunSpec, StepSpec, TextSpec
 from prunebench.spec import Changes, Eval, EvalFacts, JsonDict, Needs, Pruner
-from prunebench.targets import Dense, Target
-from prunebench.toolkit.calibration import SAMPLER, TokenArray, Tokens
+from prunebench.targets import Dense, Target, parse_target
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, SAMPLER, TokenArray, Tokens
 from prunebench.toolkit.loading import ModelIdentity
 from prunebench.toolkit.texts import Source
+
+CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
+"""Either: the method reads calibration text."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,36 @@ def build_method(steps: Sequence[str | Step], registry: Registry) -> Method:
     pruners = [registry.pruner(step) for step in parsed]
     specs = tuple(StepSpec(text=canonical(pruner.name, pruner), revision=pruner.revision) for pruner in pruners)
     return Method(pruners, specs)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of whatever model: a method at a target, with a seed where that matters."""
+
+    method: Method
+    target: Target
+    seed: int | None
+
+
+def expand(methods: Sequence[Method], targets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All runs of a model, each method's targets and seeds together; `targets` and `seeds` are for methods without their own.
+
+    Raises:
+        RequestError: a target that cannot be read, also where no method is for it.
+    """
+    parsed = {text: parse_target(text) for text in (*targets, *(text for method in methods for text in method.targets or ()))}
+    found: dict[tuple[object, ...], Cell] = {}
+    for method in methods:
+        calibration = method.calibration if method.needs & CALIBRATED else None
+        for target in [Dense()] if method.is_dense else [parsed[text] for text in method.targets or targets]:
+            for seed in (method.seeds or seeds) if method.is_seeded else (None,):
+                found.setdefault((method.specs, str(target), seed, calibration), Cell(method, target, seed))
+    return list(found.values())
+
+
+def sequence_length(asked: Calibration | None, context: int) -> int:
+    """Tokens a sequence of calibration and training text: as asked, or the model's context, at most 2048."""
+    return (asked.length or min(context, DEFAULT_LENGTH)) if asked else 512
 
 
 def run_spec(

@@ -30,7 +30,8 @@ from prunebench.errors import ModelError, Refused
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
-from prunebench.toolkit.calibration import Vocabulary
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary
+from prunebench.toolkit.hub import model_patterns, refusal
 
 Allowed = frozenset[str]
 """What the user allows for a model by name: `pickle`, `remote-code`."""
@@ -80,18 +81,25 @@ def resolve_model(name: str, folders: list[Path], revision: str | None = None, a
     Raises:
         ModelError: nothing is there.
     """
-    looked = []
+    return find_model(name, folders, allowed) or _from_hub(name, revision, allowed)
+
+
+def find_model(name: str, folders: list[Path], allowed: Allowed = frozenset()) -> ModelSource | None:
+    """A model by a folder's path, a name in `folders` or in the mirror; None where its name is one of the Hub.
+
+    Raises:
+        ModelError: it is nowhere.
+    """
     for folder in [*folders, *_mirror_models()]:
         for spelling in dict.fromkeys((name, name.rsplit("/", 1)[-1])) if folder in _mirror_models() else (name,):
             candidate = folder / Path(spelling).expanduser()
-            looked.append(candidate)
             if (candidate / "config.json").is_file():
                 source = f"mirror:{name}" if folder in _mirror_models() else "local"
                 return ModelSource(candidate.resolve(), candidate.resolve().name, source, allowed)
             if candidate.is_dir() and not any(candidate.glob("*/config.json")) and "/" in name:
                 raise ModelError(f"{name} is a folder without a config.json, so it holds no model.")
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not _mirror_models():
-        return _from_hub(name, revision, allowed)
+        return None
     where = "the mirror and " if _mirror_models() else ""
     raise ModelError(f"there is no model {name!r}: no folder of that name holds a config.json (looked in {where}{folders[0]}).")
 
@@ -104,21 +112,11 @@ def identify(source: ModelSource) -> ModelIdentity:
     """
     folder = source.folder
     weights = _weight_files(source)
-    if _wants_code(folder) and "remote-code" not in source.allowed:
-        raise ModelError(
-            f"{source.name} wants to run code that comes with it; allow it by name (--allow remote-code) if you trust it."
-        )
-    trust = "remote-code" in source.allowed
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-            with torch.device("meta"):
-                shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
-            has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) if has_tokenizer else None
-    except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
+    trust = _trusted(source)
+    with _readable(source):
+        config, shell = _shell(source)
+        has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) if has_tokenizer else None
     if adapter := adapter_files(folder):
         try:
             load_adapters(find_anatomy(shell), folder)  # what fits a model without weights fits the model
@@ -132,6 +130,62 @@ def identify(source: ModelSource) -> ModelIdentity:
         tokenizer=tokenizer,
         attention=str(shell.config._attn_implementation),
     )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """How large a model is, known from its settings alone."""
+
+    parameters: int
+    multiplied: int
+    """Parameters that a token is multiplied with: all but the input embedding, which counts where it is the head too."""
+    hidden: int
+    vocabulary: int
+    context: int
+    """The longest sequence."""
+
+
+def shape_of(source: ModelSource) -> ModelShape:
+    """Build a model without weights and count; `config.json` is all that needs to be there.
+
+    Raises:
+        ModelError: the settings are not those of a causal language model, or ask for code that is not allowed.
+    """
+    with _readable(source):
+        config, shell = _shell(source)
+    settings = config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in shell.parameters())
+    embedding = shell.get_input_embeddings().weight
+    head = shell.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return ModelShape(
+        parameters=parameters,
+        multiplied=parameters - (0 if tied else embedding.numel()),
+        hidden=int(settings.hidden_size),
+        vocabulary=int(settings.vocab_size),
+        context=int(getattr(settings, "max_position_embeddings", DEFAULT_LENGTH)),
+    )
+
+
+def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:
+    """A model's settings, and the model without its weights."""
+    trust = _trusted(source)
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
+    with torch.device("meta"):
+        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _readable(source: ModelSource) -> Iterator[None]:
+    """Make one sentence of what transformers says about a model's files."""
+    try:
+        with quiet_transformers():
+            yield
+    except ModelError:
+        raise
+    except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
 
 
 def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
@@ -190,14 +244,10 @@ def _from_hub(name: str, revision: str | None, allowed: Allowed) -> ModelSource:
 
     if revision is None:
         raise ModelError(f"the Hub model {name} needs a revision (a commit), so that the name stays the same weights.")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]
-    patterns += ["*.bin"] if "pickle" in allowed else []
-    patterns += ["*.py"] if "remote-code" in allowed else []
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(name, revision=revision, allow_patterns=model_patterns(allowed))
     except Exception as error:  # noqa: BLE001 - the hub's client raises dozens of kinds, all of which mean: not to be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the model {name} at {revision} cannot be had from the Hub: {reason}") from None
+        raise ModelError(refusal(name, revision, error)) from None
     return ModelSource(Path(folder), name.rsplit("/", 1)[-1], f"{name}@{revision}", allowed)
 
 
@@ -216,14 +266,24 @@ def _weight_files(source: ModelSource) -> list[Path]:
     raise ModelError(f"the folder of {source.name} holds no .safetensors file.")
 
 
-def _wants_code(folder: Path) -> bool:
+def _trusted(source: ModelSource) -> bool:
+    """Whether code that comes with the model may run.
+
+    Raises:
+        ModelError: it wants to, and may not.
+    """
+    folder, trust = source.folder, "remote-code" in source.allowed
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder.name}/config.json cannot be read: {error}.") from None
     if not isinstance(found, dict):
         raise ModelError(f"{folder.name}/config.json holds no settings: it is not a JSON object.")
-    return "auto_map" in found
+    if "auto_map" in found and not trust:
+        raise ModelError(
+            f"{source.name} wants to run code that comes with it; allow it by name (--allow remote-code) if you trust it."
+        )
+    return trust
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,19 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """A split of a data set, as the Hub and the mirror name it, and how its rows become a text."""
+
+    repo: str
+    config: str
+    split: str
+    joining: str
+    articles: bool
+    shard: str | None = None
+    """The one file that is read of it."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a text comes from, as a record states it."""
 
@@ -117,18 +130,31 @@ def load_text(name: str, split: str, folder: Path) -> Text:
     """
     if name.endswith(".txt"):
         return _load_file(name, folder)
+    return _load_dataset(mirror(), find_set(name, split))
+
+
+def find_set(name: str, split: str) -> DataSet:
+    """The data set that a name stands for, and the split of it, whether it is there or not.
+
+    Args:
+        name: as in the module's description, no file; a `:split` in it wins over `split`.
+        split: the split to take where the name has none.
+
+    Raises:
+        UnknownNameError: it is no such name.
+    """
     base, _, named_split = name.partition(":")
     split = named_split or split
     base = next((short for short, known in KNOWN.items() if base == f"{known.repo}/{known.config}"), base)
     if base in KNOWN:
         known = KNOWN[base]
         shard = dict(known.shards).get(split)
-        return _load_dataset(mirror(), known.repo, known.config, split, known.joining, known.articles, shard)
+        return DataSet(known.repo, known.config, split, known.joining, known.articles, shard)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", base)
     if match is None or name.endswith(".npy"):
         raise UnknownNameError.among("text source", name, [*KNOWN, "OWNER/NAME[/CONFIG]", "FILE.txt", "FILE.npy"])
     articles = match[1] == KNOWN["wikitext2"].repo
-    return _load_dataset(mirror(), match[1], match[2] or "default", split, "\n\n", articles, None)
+    return DataSet(match[1], match[2] or "default", split, "\n\n", articles)
 
 
 def resolve_file(name: str, folder: Path) -> Path:
@@ -160,15 +186,15 @@ def mirror() -> str | None:
 
 
 @cache
-def _load_dataset(
-    mirror: str | None, repo: str, config: str, split: str, joining: str, articles: bool, shard: str | None
-) -> Text:
-    rows = _from_mirror(Path(mirror), repo, config, split) if mirror else _from_hub(repo, config, split, shard)
+def _load_dataset(mirror: str | None, asked: DataSet) -> Text:
+    repo, config, split = asked.repo, asked.config, asked.split
+    rows = _from_mirror(Path(mirror), repo, config, split) if mirror else _from_hub(repo, config, split, asked.shard)
     if not any(row.strip() for row in rows):
         raise DataError(f"the data set {repo} ({config}, {split}) holds no text.")
     content = digest(rows)
     whole = not mirror or any(content in known.whole for known in KNOWN.values() if known.repo == repo)
-    return Text(rows, joining, articles, Source(repo, config, split, "mirror" if mirror else "hub", content, whole))
+    source = Source(repo, config, split, "mirror" if mirror else "hub", content, whole)
+    return Text(rows, asked.joining, asked.articles, source)
 
 
 def _from_mirror(mirror: Path, repo: str, config: str, split: str) -> list[str]:

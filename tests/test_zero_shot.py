@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from prunebench.bench.evals import lm_model, lm_tasks, task_index
 from prunebench.bench.evals.task_index import SETS
 from prunebench.bench.evals.zero_shot import ZeroShot
+from prunebench.bench.runner import classify
 from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob, Score
@@ -251,8 +252,9 @@ def test_weights_that_are_no_numbers(facts: EvalFacts, tmp_path: Path) -> None:
     with torch.no_grad():
         broken.get_input_embeddings().weight[token] = math.nan
     rows = [{"question": word, "answers": ["a boy", "a girl"], "right": 0} for word in ("the", "Q", "a")]
-    with pytest.raises(NonFiniteError, match="a likelihood of question 1 of own is not finite"):
+    with pytest.raises(NonFiniteError, match="a likelihood of question 1 of own is not finite") as caught:
         measure(broken, facts, tasks=write_task(tmp_path, rows))
+    assert classify(caught.value, None).kind == "nan"
 
 
 def test_a_text_as_the_answer(facts: EvalFacts, tmp_path: Path) -> None:
@@ -810,12 +812,14 @@ def write_definitions(names: Sequence[str], mirror: Path, folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(json.dumps(changes))
 
 
-def by_command(names: Sequence[str], model: Path, mirror: Path, folder: Path, limit: int) -> dict[str, list[dict[str, Any]]]:
+def by_command(
+    names: Sequence[str], model: Path, mirror: Path, folder: Path, limit: int, shots: int
+) -> dict[str, list[dict[str, Any]]]:
     """Every question's answer, by `lm_eval run`."""
     write_definitions(names, mirror, folder)
     arguments = [
         *("--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "4"),
-        *("--tasks", ",".join(names), "--include_path", str(folder), "--num_fewshot", "0", "--limit", str(limit)),
+        *("--tasks", ",".join(names), "--include_path", str(folder), "--num_fewshot", str(shots), "--limit", str(limit)),
         *("--log_samples", "--output_path", str(folder / "out")),
     ]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -846,17 +850,23 @@ KINDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["stories260K", "wiki7m"])
-def test_answers_are_those_of_the_lm_eval_command(mirror: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "tasks", "shots"),
+    [("stories260K", KINDS, 0), ("wiki7m", KINDS, 0), ("stories260K", ("mmlu_anatomy", "arc_easy"), 3)],
+    ids=["stories260K", "wiki7m", "examples"],
+)
+def test_answers_are_those_of_the_lm_eval_command(
+    mirror: Path, tmp_path: Path, name: str, tasks: Sequence[str], shots: int
+) -> None:
     """Question by question: which answer, whether it is right, and every likelihood."""
     limit = 40
     source = ModelSource(mirror / "models" / name, name, "local")
     identity = identify(source)
     facts = EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(tmp_path))
-    score = measure(load_model(source, "float32"), facts, tasks="+".join(KINDS), limit=limit)
-    expected = by_command(KINDS, mirror / "models" / name, mirror, tmp_path, limit)
+    score = measure(load_model(source, "float32"), facts, tasks="+".join(tasks), limit=limit, shots=shots)
+    expected = by_command(tasks, mirror / "models" / name, mirror, tmp_path, limit, shots)
     numbers = likelihoods_of(score)
-    for task in KINDS:
+    for task in tasks:
         rows = [number for number, member in enumerate(score.items["task"]) if member == task]
         assert len(rows) == len(expected[task]) == limit
         for row, sample in zip(rows, expected[task], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.markup import escape
@@ -13,7 +13,10 @@ from prunebench.cli.program import Device, Machine, Results, app, command_line, 
 from prunebench.errors import RequestError
 
 if TYPE_CHECKING:
-    from prunebench.bench.plan import RunRequest
+    from prunebench.bench.plan import Planner, RunRequest
+    from prunebench.results.store import ResultStore
+
+_Run = TypeVar("_Run")
 
 
 @app.command("list")
@@ -46,7 +49,7 @@ def run(
     method: Annotated[list[str] | None, typer.Option("--method", help="Run 'step[…] + step' instead of the suite's.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Only runs whose model, method or target contains this.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Run also what is done; earlier records are kept.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, downloaded and spent, and stop.")] = False,
     results: Results = Path("results"),
     machine: Machine = None,
     executor: Annotated[str, typer.Option("--executor", help="subprocess (a fresh process a run) or inline.")] = "subprocess",
@@ -57,17 +60,20 @@ def run(
 
     Example: prunebench run quickstart --only wanda
     """
+    from dataclasses import replace
+
     from prunebench.bench.display import SweepDisplay
     from prunebench.bench.executors import make_executor
     from prunebench.bench.sweep import split_settled, sweep
 
     chosen = make_executor(executor)
     store = open_store(results)
-    requests = _plan(suite, model, method, only, machine, device, timeout)
-    todo, done = split_settled(requests, store, requests[0].machine, again)
+    planner = _planner(suite, model, method, machine, device)
     if dry_run:
-        _print_plan(todo, done)
+        _show_plan(planner, suite, only, store, again)
         return
+    requests = [replace(request, timeout=timeout or request.timeout) for request in _requests(planner, suite, only)]
+    todo, done = split_settled(requests, store, planner.machine, again)
     store.check_writable()
     display = SweepDisplay(terminal)
     display.started(len(todo), len(done))
@@ -86,19 +92,10 @@ def run(
         raise typer.Exit(1)
 
 
-def _plan(
-    suite: str,
-    models: list[str] | None,
-    methods: list[str] | None,
-    only: str | None,
-    machine: str | None,
-    device: str | None,
-    timeout: float | None,
-) -> list[RunRequest]:
-    from dataclasses import replace
-
+def _planner(
+    suite: str, models: list[str] | None, methods: list[str] | None, machine: str | None, device: str | None
+) -> Planner:
     from prunebench.bench.commands import narrowed
-    from prunebench.bench.display import run_label
     from prunebench.bench.machine import machine_slug
     from prunebench.bench.plan import Planner, pick_device
     from prunebench.bench.suite import load_suite, with_dense
@@ -107,23 +104,42 @@ def _plan(
 
     chosen = narrowed(load_suite(suite), models or [], methods or [])
     name = slug(machine) if machine else machine_slug()
-    planner = Planner(with_dense(chosen), load_registry(), name, command_line(), pick_device(device))
+    return Planner(with_dense(chosen), load_registry(), name, command_line(), pick_device(device))
+
+
+def _requests(planner: Planner, suite: str, only: str | None) -> list[RunRequest]:
+    """The runs asked for; text that is both trained on and evaluated is named."""
+    from prunebench.bench.display import run_label
+
     requests = planner.requests()
     for found in planner.overlaps:
         share = f"{found.share:.2%} of the 13-grams of {found.evaluation} are in the training text {found.training}."
         terminal.print(escape(share), style="dim" if found.share < 0.01 else "yellow")
-    labels = [run_label(request.spec) for request in requests]
-    if only is not None:
-        requests = [request for request, label in zip(requests, labels, strict=True) if only in label]
-    if not requests:
+    return _with_text(requests, [run_label(request.spec) for request in requests], suite, only)
+
+
+def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None) -> list[_Run]:
+    """The runs that `--only` leaves."""
+    if only is None:
+        return runs
+    found = [run for run, label in zip(runs, labels, strict=True) if only in label]
+    if not found:
         raise RequestError(f"no run of {suite} contains {only!r}; runs are called, for example, {labels[-1]!r}.")
-    return [replace(request, timeout=timeout or request.timeout) for request in requests]
+    return found
 
 
-def _print_plan(todo: list[RunRequest], done: list[RunRequest]) -> None:
-    from prunebench.bench.display import run_label
+def _show_plan(planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool) -> None:
+    """Print what would be run, without changing or downloading anything that takes long."""
+    from prunebench.bench.display import print_preview, run_label
+    from prunebench.bench.outline import downloads, outlined_work
+    from prunebench.bench.preview import Preview, known_work
+    from prunebench.bench.sweep import split_settled
 
-    for mark, requests in (("done", done), ("to do", todo)):
-        for request in requests:
-            terminal.print(f"{mark:>6}  {request.spec.id}  {escape(run_label(request.spec))}")
-    terminal.print(f"{len(todo)} to do, {len(done)} done; nothing was run.")
+    wanted = downloads(planner)
+    if wanted:
+        outlined = outlined_work(planner)
+        todo, done = _with_text(outlined, [run_label(work) for work in outlined], suite, only), []
+    else:
+        split = split_settled(_requests(planner, suite, only), store, planner.machine, again)
+        todo, done = (known_work(requests, planner.registry) for requests in split)
+    print_preview(Preview(planner, store, wanted, todo, done), terminal)

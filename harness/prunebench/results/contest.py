@@ -29,8 +29,8 @@ class Contest:
 
 def row_of(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
     """The runs that stand in one row with a run: all seeds of its method, target, recipe and model on its machine."""
-    key = _row_key(record)
-    found = {other.spec.seed: other for other in records if other.status == "ok" and _row_key(other) == key}
+    key = row_key(record)
+    found = {other.spec.seed: other for other in records if other.status == "ok" and row_key(other) == key}
     return [found[seed] for seed in sorted(found, key=lambda seed: -1 if seed is None else seed)]
 
 
@@ -61,7 +61,8 @@ def _scores(row: Sequence[RunRecord]) -> dict[str, list[Measured]]:
     return {key: measured for key, measured in found.items() if len(measured) == len(row)}
 
 
-def _row_key(record: RunRecord) -> tuple[str, ...]:
+def row_key(record: RunRecord) -> tuple[str, ...]:
+    """What the runs of a row have in common; only their seeds differ."""
     spec = record.spec
     recipe = fingerprint(spec.recipe)
     return (record.machine, spec.model.weights, spec.model.dtype, spec.method, spec.target, recipe)

@@ -36,6 +36,17 @@ def model_patterns(allowed: Iterable[str]) -> list[str]:
     return patterns + (["*.py"] if "remote-code" in allowed else [])
 
 
+def pinned(name: str, revision: str | None) -> str:
+    """The revision of a model.
+
+    Raises:
+        ModelError: none was named.
+    """
+    if revision is None:
+        raise ModelError(f"the Hub model {name} needs a revision (a commit), so that the name stays the same weights.")
+    return revision
+
+
 def model_download(name: str, revision: str, allowed: Iterable[str]) -> Download | None:
     """What loading a model would fetch; None where all of it is in the local cache.
 

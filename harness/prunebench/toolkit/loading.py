@@ -31,7 +31,7 @@ from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary
-from prunebench.toolkit.hub import model_patterns, refusal
+from prunebench.toolkit.hub import model_patterns, pinned, refusal
 
 Allowed = frozenset[str]
 """What the user allows for a model by name: `pickle`, `remote-code`."""
@@ -139,6 +139,7 @@ class ModelShape:
     parameters: int
     multiplied: int
     """Parameters that a token is multiplied with: all but the input embedding, which counts where it is the head too."""
+    layers: int
     hidden: int
     vocabulary: int
     context: int
@@ -161,6 +162,7 @@ def shape_of(source: ModelSource) -> ModelShape:
     return ModelShape(
         parameters=parameters,
         multiplied=parameters - (0 if tied else embedding.numel()),
+        layers=int(settings.num_hidden_layers),
         hidden=int(settings.hidden_size),
         vocabulary=int(settings.vocab_size),
         context=int(getattr(settings, "max_position_embeddings", DEFAULT_LENGTH)),
@@ -242,8 +244,7 @@ def _mirror_models() -> list[Path]:
 def _from_hub(name: str, revision: str | None, allowed: Allowed) -> ModelSource:
     from huggingface_hub import snapshot_download
 
-    if revision is None:
-        raise ModelError(f"the Hub model {name} needs a revision (a commit), so that the name stays the same weights.")
+    revision = pinned(name, revision)
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=model_patterns(allowed))
     except Exception as error:  # noqa: BLE001 - the hub's client raises dozens of kinds, all of which mean: not to be had

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]
 
-from prunebench.errors import DataError
+from prunebench.errors import DataError, UnknownNameError
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest, digest_file, load_json, save_json
 from prunebench.toolkit.texts import mirror, resolve_file
@@ -48,6 +48,23 @@ class TaskIndex:
         """The tasks under a name."""
         members = self.entries[name].get("members")
         return [name] if members is None else [leaf for member in members for leaf in self.leaves(member)]
+
+
+def data_of(asked: str, folder: Path) -> dict[str, list[str]]:
+    """The data sets of the tasks under each name of a request, `OWNER/NAME/CONFIG` for each task; none for files of data.
+
+    Raises:
+        UnknownNameError: there is no such task.
+        DataError: a file defines none.
+    """
+    if asked.endswith(".yaml"):
+        index, names = file_index(resolve_file(asked, folder))
+    else:
+        index, names = stock_index(), list(SETS.get(asked) or asked.split("+"))
+    for name in names:
+        if name not in index.entries:
+            raise UnknownNameError.among("task", name, [*SETS, *index.entries])
+    return {name: [str(index.entries[leaf]["data"]) for leaf in index.leaves(name)] for name in names}
 
 
 def lm_eval_version() -> str:

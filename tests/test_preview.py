@@ -232,7 +232,7 @@ def test_a_dry_run_of_a_hub_model(here: Path, hub: Hub, command: Command) -> Non
         "  in all 4 MiB",
     ):
         assert f"{line}\n" in ran.out
-    assert re.search(r"\n  small: 15 runs, \d+ s, at most 3\d\d MiB on the host \(rough\)\n", ran.out)
+    assert re.search(r"\n  small: 15 runs, \d+ s, peak 3\d\d MiB on the host \(rough\)\n", ran.out)
     assert "windows=4]: no difference would show, 4 windows are too few\n" in ran.out
     only = command("run", "small.toml", "--dry-run", "--only", "wanda 0.5")
     assert "4 runs; which of them are done" in only.out
@@ -244,7 +244,7 @@ def test_a_suite_of_two_models_has_a_sum(bench: Bench, here: Path, hub: Hub, com
     text = bench.suite_text("dense", more=f'{other}\ndtype = "bfloat16"').replace("[[method]]", f"{other}\n\n[[method]]", 1)
     (here / "small.toml").write_text(on_the_hub(text))
     out = command("run", "small.toml", "--dry-run").out
-    assert re.search(r"\n  in all: 3 runs, \d+ s, at most \d+ MiB on the host\n", out)
+    assert re.search(r"\n  in all: 3 runs, \d+ s, peak \d+ MiB on the host\n", out)
     assert "1 GFLOP/s in float32" in out
 
 
@@ -369,18 +369,27 @@ def test_training_costs_time_and_memory(bench: Bench, tmp_path: Path) -> None:
     found = shown(bench, tmp_path, tmp_path / "none", "magnitude", "magnitude + lora[steps=1]", more=more)
     plain, trained = found.todo
     assert (plain.tokens, trained.tokens) == (0, 3 * 320)
-    assert trained.peak_bytes("cpu", 4) - plain.peak_bytes("cpu", 4) > 3 * 4 * plain.shape.parameters
+    kept = 17 * 4 * 64 * 2 * plain.shape.hidden
+    assert trained.pruning_bytes(4) - plain.pruning_bytes(4) == 4 * (3 * plain.shape.parameters + kept)
 
 
 def test_memory_counts_the_dense_model_and_hidden_states(bench: Bench, tmp_path: Path) -> None:
     divergence = bench.perplexity.replace("perplexity", "divergence")
     [magnitude, wanda] = shown(bench, tmp_path, tmp_path / "none", "magnitude", "wanda").todo
     [two] = shown(bench, tmp_path, tmp_path / "none", "magnitude", evals=[divergence]).todo
-    weights = 4 * magnitude.shape.parameters
-    assert two.peak_bytes("cuda", 4) - magnitude.peak_bytes("cuda", 4) == weights
-    assert wanda.peak_bytes("cuda", 4) - magnitude.peak_bytes("cuda", 4) == 2 * 64 * wanda.shape.hidden * 4
-    assert magnitude.peak_bytes("cuda:1", 4) == weights + 4 * 4 * 64 * 300
-    assert magnitude.peak_bytes("cpu", 4) - magnitude.peak_bytes("cuda", 4) == 300 << 20
+    weights, logits = 4 * magnitude.shape.parameters, 4 * 4 * 64 * 300
+    assert magnitude.measuring_bytes(4) == magnitude.pruning_bytes(4) == weights + logits
+    assert two.measuring_bytes(4) == 2 * weights + logits
+    assert wanda.pruning_bytes(4) == weights + logits + 2 * 64 * wanda.shape.hidden * 4
+
+
+def test_the_libraries_count_on_the_host_only(bench: Bench, tmp_path: Path) -> None:
+    found = shown(bench, tmp_path, tmp_path / "none", "magnitude")
+    [host] = found.costs
+    found.planner.device = "cuda"
+    [device] = Preview(found.planner, found.store, [], found.todo, []).costs
+    assert host.peak_bytes - device.peak_bytes == 300 << 20
+    assert device.peak_bytes == found.todo[0].measuring_bytes(4)
 
 
 def kept(planned: Preview, index: int, folder: Path, machine: str = "box", seconds: float = 100.0) -> RunRecord:

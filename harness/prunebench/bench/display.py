@@ -148,7 +148,7 @@ def _print_costs(preview: Preview, console: Console) -> None:
     if len(preview.costs) > 1:
         peak = size_text(max(cost.peak_bytes for cost in preview.costs))
         runs, seconds = sum(cost.runs for cost in preview.costs), sum(cost.seconds for cost in preview.costs)
-        console.print(f"  in all: {runs} runs, {duration_text(seconds)}, at most {peak} {where}")
+        console.print(f"  in all: {runs} runs, {duration_text(seconds)}, peak {peak} {where}")
     if preview.rates:
         rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in preview.rates.items())
         limits = "mostly within a factor of 3, far too little for methods that optimise block by block"
@@ -160,7 +160,7 @@ def _cost_text(cost: Cost, where: str) -> str:
     basis = "rough" if not cost.records else f"from {cost.records} records"
     if cost.records and cost.assumed:
         basis += f", {cost.assumed} runs in part rough"
-    return f"{runs}, {duration_text(cost.seconds)}, at most {size_text(cost.peak_bytes)} {where} ({basis})"
+    return f"{runs}, {duration_text(cost.seconds)}, peak {size_text(cost.peak_bytes)} {where} ({basis})"
 
 
 def _figure_text(found: Figure | None) -> str:

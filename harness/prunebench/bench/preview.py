@@ -2,9 +2,9 @@
 
 Seconds are those of records of this machine where there are some, run by run and evaluation by evaluation. Otherwise they are
 operations over the rate of a plain matrix product: a forward pass has two operations a parameter and token; statistics take two
-passes over the calibration tokens, gradients three more, training three over the training tokens. That is rough: in 33 of 39 rows
-of wiki7m pruning took 0.5 to 3 times as long, in the 6 that optimise block by block, which no declaration tells, 9 to 22 times. A
-small model on a large device takes longer too.
+passes over the calibration tokens, gradients three more, training three over the training tokens. That is rough: pruning took
+0.5 to 3 times as long in 33 of 39 rows of wiki7m, and 9 to 22 times in the 6 that optimise block by block, which no declaration
+tells. A small model on a large device takes longer too.
 """
 
 from __future__ import annotations
@@ -80,18 +80,24 @@ class Work:
         )
         return asked.windows * asked.window * models + questions
 
-    def peak_bytes(self, device: str, batch: int) -> int:
-        """The most memory that pruning or evaluation needs at once."""
-        weights = self.weight_bytes
+    def pruning_bytes(self, batch: int) -> int:
+        """Weights, hidden states of all calibration tokens before and behind a block, a batch's logits; what training takes."""
         held = 2 * self.held * self.shape.hidden * DTYPES[self.dtype].itemsize
-        read = batch * min(self.shape.context, DEFAULT_LENGTH)
-        logits = 4 * min(read * self.shape.vocabulary, MAX_LOGITS)
         trained = 0
         if self.trains:  # a gradient and two moments, were all of it trained; what a batch leaves for the way back
-            trained = 4 * (3 * self.shape.parameters + ACTIVATIONS * read * self.shape.layers * self.shape.hidden)
-        measuring = weights * (2 if any(map(_reads_dense, self.evals)) else 1) + logits
-        libraries = 0 if device.startswith("cuda") else START_BYTES
-        return libraries + max(weights + held + trained + logits, measuring)
+            kept = ACTIVATIONS * self._read(batch) * self.shape.layers * self.shape.hidden
+            trained = 4 * (3 * self.shape.parameters + kept)
+        return self.weight_bytes + held + trained + self._logits(batch)
+
+    def measuring_bytes(self, batch: int) -> int:
+        """Weights, those of the dense model where it is read too, and a batch's logits."""
+        return self.weight_bytes * (2 if any(map(_reads_dense, self.evals)) else 1) + self._logits(batch)
+
+    def _read(self, batch: int) -> int:
+        return batch * min(self.shape.context, DEFAULT_LENGTH)
+
+    def _logits(self, batch: int) -> int:
+        return 4 * min(self._read(batch) * self.shape.vocabulary, MAX_LOGITS)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ class Preview:
             left = record.provenance.seconds - sum(score.seconds for score in record.scores.values())
             pruning.setdefault(key, []).append((record.id, left))
             peaks[key] = max(peaks.get(key, 0), record.peak_bytes or 0)
+        libraries = 0 if self.planner.device.startswith("cuda") else START_BYTES
+        batch = self.planner.suite.limits.batch_size
         seconds, used, assumed, peak = 0.0, set(), 0, 0
         for work in runs:
             start = START_SECONDS + work.weight_bytes / READ_BYTES
@@ -166,8 +174,8 @@ class Preview:
                 else:
                     seconds += more + 2 * work.shape.multiplied * tokens / self._rate(work.dtype)
             assumed += any(not recorded and (tokens or more) for recorded, tokens, more in parts)
-            rough = work.peak_bytes(self.planner.device, self.planner.suite.limits.batch_size)
-            peak = max(peak, peaks.get((work.method, work.target), rough))
+            own_peak = peaks.get((work.method, work.target)) or libraries + work.pruning_bytes(batch)
+            peak = max(peak, own_peak, libraries + work.measuring_bytes(batch))
         return Cost(runs[0].model.name, len(runs), seconds, peak, len(used), assumed)
 
     def _is_of(self, record: RunRecord, work: Work) -> bool:
@@ -188,19 +196,24 @@ def matrix_rate(device: str, dtype: str) -> float:
 
     On a CPU those of one core: several would wait for each other wherever another process has one of them.
     """
-    size, best, deadline = 256, 0.0, time.perf_counter() + RATE_SECONDS
+    size, best = 256, 0.0
     with threads(1):
+        _product(size, device, dtype)  # a device wakes up, libraries are loaded
+        deadline = time.perf_counter() + RATE_SECONDS
         while time.perf_counter() < deadline:
-            one, other = (torch.ones(size, size, dtype=DTYPES[dtype], device=device) for _ in range(2))
-            for _ in range(3):  # the first warms up
-                started = time.perf_counter()
-                (one @ other)[0, 0].item()  # waits for the device
-                taken = time.perf_counter() - started
-                best = max(best, 2 * size**3 / taken)
-                if time.perf_counter() > deadline:
-                    break
-            size = min(2 * size, LARGEST) if taken < RATE_SECONDS / 30 else size
+            taken = min(_product(size, device, dtype) for _ in range(3))
+            best = max(best, 2 * size**3 / taken)
+            size = min(2 * size, LARGEST) if taken < RATE_SECONDS / 100 else size
     return best
+
+
+def _product(size: int, device: str, dtype: str) -> float:
+    """Seconds of one product."""
+    one, other = (torch.ones(size, size, dtype=DTYPES[dtype], device=device) for _ in range(2))
+    other[0, 0].item()  # waits for the device
+    started = time.perf_counter()
+    (one @ other)[0, 0].item()
+    return time.perf_counter() - started
 
 
 def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from prunebench.errors import DataError, ModelError
 
@@ -148,7 +147,10 @@ def _is_cached(name: str, revision: str) -> bool:
         return False
     folder = Path(found).parent
     for index in folder.glob("*.index.json"):
-        shards: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        try:
+            shards: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            return False
         return bool(shards) and all((folder / shard).is_file() for shard in shards.values())
     return any(path.suffix in _WEIGHTS for path in folder.iterdir())
 

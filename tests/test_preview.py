@@ -257,31 +257,38 @@ def test_data_sets_by_configuration_and_shard(hub: Hub) -> None:
         "allenai/c4": {"en/c4-train.00000-of-01024.json.gz": 319, "en/c4-train.00001-of-01024.json.gz": 318},
         "owner/flat": {"test.jsonl": 5, "train.jsonl": 60, "picture.png": 700},
     }
-    assert data_download("owner/set", "one") == Download("data set", "owner/set (one)", 210)
-    assert data_download("owner/set", "three") == Download("data set", "owner/set (three)", None)
-    assert data_download("owner/flat", "default") == Download("data set", "owner/flat (default)", 65)
+    name = "data set"
+    assert data_download("owner/set", [("one", None)]) == Download(name, "owner/set (one)", 210)
+    assert data_download("owner/set", [("two", None), ("one", None)]) == Download(name, "owner/set (one, two)", 3210)
+    assert data_download("owner/set", [("three", None), ("one", None)]) == Download(name, "owner/set (one, three)", None)
+    many = [(f"part{index}", None) for index in range(67)]
+    hub.asked.clear()
+    assert data_download("owner/set", many) == Download(name, "owner/set (67 configurations)", None)
+    assert hub.asked == ["owner/set"]
+    assert data_download("owner/flat", [("default", None)]) == Download(name, "owner/flat (default)", 65)
     shard = "en/c4-train.00000-of-01024.json.gz"
-    assert data_download("allenai/c4", "en", shard) == Download("data set", f"allenai/c4 (en, {Path(shard).name})", 319)
-    assert data_download("owner/moved", "default") == Download("data set", "owner/moved (default)", None)
+    assert data_download("allenai/c4", [("en", shard)]) == Download(name, f"allenai/c4 ({Path(shard).name})", 319)
+    assert data_download("owner/moved", [("default", None)]) == Download(name, "owner/moved (default)", None)
     hub.error = OSError("no route")
     with pytest.raises(DataError, match=r"owner/set: no route\. Without a network set PRUNEBENCH_MIRROR"):
-        data_download("owner/set", "one")
+        data_download("owner/set", [("one", None)])
 
 
 def test_data_sets_that_were_read_are_no_download(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    hub.data = {"owner/BigSet": {"one/test.parquet": 1}, "allenai/c4": {"en/a.json.gz": 1}}
+    hub.data = {"owner/BigSet": {"one/test.parquet": 1, "two/test.parquet": 20}, "allenai/c4": {"en/a.json.gz": 1}}
+    both = [("one", None), ("two", None)]
     kept = tmp_path / "datasets" / "owner___big_set" / "one" / "0.0.0" / "abc"
     kept.mkdir(parents=True)
-    assert data_download("owner/BigSet", "one") is not None, "cut short"
+    assert data_download("owner/BigSet", both) == Download("data set", "owner/BigSet (one, two)", 21), "one was cut short"
     (kept / "dataset_info.json").touch()
-    assert data_download("owner/BigSet", "one") is None
-    assert data_download("owner/BigSet", "two") is not None
+    assert data_download("owner/BigSet", both) == Download("data set", "owner/BigSet (two)", 20)
+    assert data_download("owner/BigSet", both[:1]) is None
     shard = tmp_path / "hub cache" / "datasets--allenai--c4" / "snapshots" / "abc" / "en" / "a.json.gz"
     shard.parent.mkdir(parents=True)
-    assert data_download("allenai/c4", "en", "en/a.json.gz") is not None
+    assert data_download("allenai/c4", [("en", "en/a.json.gz")]) is not None
     shard.touch()
-    assert data_download("allenai/c4", "en", "en/a.json.gz") is None
+    assert data_download("allenai/c4", [("en", "en/a.json.gz")]) is None
 
 
 @pytest.fixture
@@ -307,13 +314,11 @@ def test_every_text_and_task_of_a_suite_is_asked_for(
     text = text.replace(f"source = {bench.calibration!s}".replace("= ", '= "') + '"', 'source = "c4"')
     planner = planner_of(tmp_path, text)
     assert {download.name for download in downloads(planner)} == {
-        "allenai/c4 (en, c4-train.00000-of-01024.json.gz)",
-        "allenai/c4 (en, c4-validation.00000-of-00008.json.gz)",
+        "allenai/c4 (c4-train.00000-of-01024.json.gz, c4-validation.00000-of-00008.json.gz)",
         "EleutherAI/lambada_openai (default)",
         "aps/super_glue (boolq)",
         "allenai/ai2_arc (ARC-Easy)",
-        "nyu-mll/blimp (one)",
-        "nyu-mll/blimp (two)",
+        "nyu-mll/blimp (one, two)",
         "owner/own (text)",
     }
     monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path))

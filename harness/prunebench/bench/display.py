@@ -136,7 +136,7 @@ def _print_downloads(preview: Preview, console: Console) -> None:
         size = "size not known" if download.size is None else size_text(download.size)
         console.print(f"  {download.kind} {escape(download.name)}: {size}", soft_wrap=True)
     sizes = [download.size for download in preview.downloads if download.size is not None]
-    more = " and what is not known" if len(sizes) < len(preview.downloads) else ""
+    more = " and what the Hub does not say" if len(sizes) < len(preview.downloads) else ""
     console.print(f"  in all {size_text(sum(sizes))}{more}")
 
 

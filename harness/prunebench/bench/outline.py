@@ -11,7 +11,7 @@ from pathlib import Path
 from prunebench.bench.evals.generation import Generation
 from prunebench.bench.evals.questions import LAMBADA
 from prunebench.bench.evals.task_index import data_of
-from prunebench.bench.evals.windows import C4_WINDOWS, WindowEval
+from prunebench.bench.evals.windows import C4_ROWS, C4_WINDOWS, WindowEval
 from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.bench.machine import default_dtype, portable
 from prunebench.bench.plan import Planner
@@ -25,14 +25,15 @@ from prunebench.toolkit.hub import Download, data_download, fetch_description, m
 from prunebench.toolkit.loading import ModelSource, find_model, shape_of
 from prunebench.toolkit.texts import KNOWN, find_set, mirror, resolve_file
 
-TEXT_TOKENS, TASK_QUESTIONS = 300_000, 1000
-"""Assumed of data that are not here: WikiText-2's test text has 250,000 to 380,000 tokens, a task 250 to 10,000 questions."""
+TEXT_TOKENS, C4_TOKENS, TASK_QUESTIONS = 300_000, 480, 1000
+"""Assumed of data that are not here: WikiText-2's test text has 250,000 to 380,000 tokens, a document of C4 about 480, a task 250
+to 10,000 questions."""
 
 TOKEN_BYTES = 4
 """Assumed of text, and about as much as a token takes in a file of tokens."""
 
-_DataSet = tuple[str, str, str | None]
-"""Repository, configuration, and the one file that is read of it."""
+_Parts = set[tuple[str, str | None]]
+"""Configurations of a data set, each with the one file that is read of it."""
 
 
 def downloads(planner: Planner) -> list[Download]:
@@ -47,15 +48,15 @@ def downloads(planner: Planner) -> list[Download]:
         if find_model(entry.name, planner.folders, allowed) is None:
             found.append(model_download(entry.name, pinned(entry.name, entry.revision), allowed))
     if mirror() is None:
-        found += [data_download(*asked) for asked in sorted(_data_sets(planner), key=str)]
+        found += [data_download(repo, parts) for repo, parts in sorted(_data_sets(planner).items())]
     return [download for download in found if download is not None]
 
 
-def _data_sets(planner: Planner) -> set[_DataSet]:
-    """The data sets that calibration, training, validation and evaluations read."""
+def _data_sets(planner: Planner) -> dict[str, _Parts]:
+    """The data sets that calibration, training, validation and evaluations read, by repository."""
     suite = planner.suite
     texts: list[tuple[str, str]] = []
-    found: set[_DataSet] = set()
+    found: dict[str, _Parts] = {}
     for cell in planner.cells():
         if cell.method.needs & CALIBRATED and cell.method.calibration:
             texts.append((cell.method.calibration.source, "train"))
@@ -70,11 +71,13 @@ def _data_sets(planner: Planner) -> set[_DataSet]:
             texts += [(LAMBADA, "test")] if "lambada" in evaluation.tasks else []
         elif isinstance(evaluation, ZeroShot):
             names = {name for leaves in data_of(evaluation.tasks, suite.folder).values() for name in leaves}
-            found |= {(repo, config, None) for repo, _, config in (name.rpartition("/") for name in names) if repo != "json"}
+            for repo, _, config in (name.rpartition("/") for name in names):
+                if repo != "json":
+                    found.setdefault(repo, set()).add((config, None))
     for name, split in texts:
         if not _is_file(name):
             place = find_set(name, split)
-            found.add((place.repo, place.config, place.shard))
+            found.setdefault(place.repo, set()).add((place.config, place.shard))
     return found
 
 
@@ -132,8 +135,9 @@ def _guessed(evaluation: Eval, context: int, folder: Path) -> JsonDict:
     if isinstance(evaluation, WindowEval):
         window = evaluation.window or min(context, DEFAULT_LENGTH)
         path = resolve_file(evaluation.data, folder) if _is_file(evaluation.data) else None
-        there = path.stat().st_size // TOKEN_BYTES if path else TEXT_TOKENS
-        counts = (max(1, there // window), evaluation.windows, C4_WINDOWS if _is_c4(evaluation.data) else 0)
+        c4 = _is_c4(evaluation.data)
+        there = path.stat().st_size // TOKEN_BYTES if path else C4_ROWS * C4_TOKENS if c4 else TEXT_TOKENS
+        counts = (max(1, there // window), evaluation.windows, C4_WINDOWS if c4 else 0)
         return known | {"window": window, "windows": min(count for count in counts if count)}
     if isinstance(evaluation, ZeroShot):
         tasks = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +12,9 @@ from prunebench.errors import DataError, ModelError
 
 SECONDS = 10.0
 """How long an answer may take."""
+
+MANY = 4
+"""Configurations that nobody wants to read one by one."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _ROWS = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
@@ -88,8 +91,12 @@ def fetch_description(name: str, revision: str, allowed: Iterable[str]) -> Path:
     return Path(found).parent
 
 
-def data_download(repo: str, config: str, shard: str | None = None) -> Download | None:
-    """What reading a data set would fetch: one file, or all files of a configuration; None where it is in the local cache.
+def data_download(repo: str, parts: Iterable[tuple[str, str | None]]) -> Download | None:
+    """What reading a data set would fetch; None where all of it is in the local cache.
+
+    Args:
+        repo: owner and name.
+        parts: configurations, each with the one file that is read of it, or None for all its files.
 
     Raises:
         DataError: the Hub cannot be reached.
@@ -97,9 +104,11 @@ def data_download(repo: str, config: str, shard: str | None = None) -> Download 
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    if _is_read(repo, config, shard):
+    missing = sorted((part for part in parts if not _is_read(repo, *part)), key=str)
+    if not missing:
         return None
-    name = f"{repo} ({config}{f', {Path(shard).name}' if shard else ''})"
+    named = [Path(shard).name if shard else config for config, shard in missing]
+    name = f"{repo} ({', '.join(named) if len(named) <= MANY else f'{len(named)} configurations'})"
     try:
         found = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True, timeout=SECONDS)
     except HfHubHTTPError:  # the Hub answered: moved, private or gone, which is said when it is read
@@ -110,9 +119,16 @@ def data_download(repo: str, config: str, shard: str | None = None) -> Download 
             "Without a network set PRUNEBENCH_MIRROR to a folder that holds it."
         ) from None
     files = {file.rfilename: file.size for file in found.siblings or ()}
+    return Download("data set", name, _total(_total(_of_part(files, *part)) for part in missing))
+
+
+def _of_part(files: Mapping[str, int | None], config: str, shard: str | None) -> list[int | None]:
+    """Sizes of the files that are read of a configuration."""
+    if shard:
+        return [files.get(shard)]
     rows = [path for path in files if path.endswith(_ROWS)]
     own = [path for path in rows if config in Path(path).parts] or (rows if config == "default" else [])
-    return Download("data set", name, _total([files.get(path) for path in ([shard] if shard else own)]))
+    return [files[path] for path in own]
 
 
 def refusal(name: str, revision: str, error: Exception) -> str:

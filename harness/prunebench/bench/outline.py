@@ -26,8 +26,8 @@ from prunebench.toolkit.loading import ModelSource, find_model, shape_of
 from prunebench.toolkit.texts import KNOWN, find_set, mirror, resolve_file
 
 TEXT_TOKENS, C4_TOKENS, TASK_QUESTIONS = 300_000, 480, 1000
-"""Assumed of data that are not here: WikiText-2's test text has 250,000 to 380,000 tokens, a document of C4 about 480, a task 250
-to 10,000 questions."""
+"""Assumed of data that are not here: WikiText-2's test text has 250,000 to 380,000 tokens, a document of C4 about 480, a task
+250 to 10,000 questions."""
 
 TOKEN_BYTES = 4
 """Assumed of text, and about as much as a token takes in a file of tokens."""

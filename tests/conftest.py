@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# No test may reach the network; set before anything imports these libraries.
+# No test may reach the network, nor leave anything in the user's cache; set before anything imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+_DATASETS = tempfile.TemporaryDirectory(prefix="prunebench-datasets-")  # removed when the tests end
+os.environ["HF_DATASETS_CACHE"] = _DATASETS.name
 
 import pytest
 import torch
@@ -34,7 +37,6 @@ def _quiet() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing that the user's cache holds is believed, and nothing is left there."""
     os.environ["PRUNEBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))  # read when `datasets` is first imported
 
 
 @pytest.fixture(autouse=True)

@@ -190,7 +190,7 @@ def test_perplexity_in_memory_is_that_of_what_is_read_back(
     suite.write_text(bench.suite_text(" + ".join(steps)))
     ran = command("run", suite, "--results", tmp_path / "results", "--executor", "inline", "--machine", "here")
     assert (ran.code, ran.err) == (0, "")
-    [path] = (tmp_path / "results").rglob("*.json")
+    [path] = (tmp_path / "results").rglob("*apart*.json")
     record = record_of(path)
     given = [argument for one in steps for argument in ("--step", one)]
     target = record.spec.target

@@ -131,7 +131,7 @@ WRONG = {
     ),
     "binary suite": ("run binary.toml", "the suite binary.toml cannot be read as TOML"),
     "suite that is no suite": ("run file", "the suite file lacks suite."),
-    "missing suite": ("run nosuch.toml", "there is no suite 'nosuch.toml'. Known: papers-oneshot, "),
+    "missing suite": ("run nosuch.toml", "there is no suite 'nosuch.toml'. Known: llama-2-7b, "),
     "nearly a suite": ("run quickstat", "there is no suite 'quickstat'; did you mean 'quickstart'?"),
     "missing model": ("prune huge --step magnitude --target 0.5 --out out", "there is no model 'huge': no folder of that name"),
     "missing model of eval": ("eval ./huge", "there is no model './huge'"),
@@ -331,7 +331,7 @@ def test_list_shows_options_and_what_failed_to_load(
         "group = matrix matrix | row;",
         "stranger Prunes by magnitude, or fails first. their-plugin 1.2.3",
         "perplexity Perplexity of a causal language model on a text.",
-        "suites papers-oneshot",
+        "suites llama-2-7b",
         "theirs (their-plugin): ImportError: no module named 'x[y]'",
     ):
         assert part in told

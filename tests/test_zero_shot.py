@@ -849,11 +849,13 @@ KINDS = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tasks", "shots"),
-    [("stories260K", KINDS, 0), ("wiki7m", KINDS, 0), ("stories260K", ("mmlu_anatomy", "arc_easy"), 3)],
-    ids=["stories260K", "wiki7m", "examples"],
+    [
+        pytest.param("stories260K", KINDS, 0, marks=pytest.mark.slow, id="stories260K"),
+        pytest.param("wiki7m", KINDS, 0, marks=pytest.mark.slow, id="wiki7m"),
+        pytest.param("stories260K", ("mmlu_anatomy", "arc_easy"), 3, marks=pytest.mark.soak, id="examples"),
+    ],
 )
 def test_answers_are_those_of_the_lm_eval_command(
     mirror: Path, tmp_path: Path, name: str, tasks: Sequence[str], shots: int

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 # No test may reach the network, nor leave anything in the user's cache; set before anything imports these libraries.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-_DATASETS = tempfile.TemporaryDirectory(prefix="prunebench-datasets-")  # removed when the tests end
-os.environ["HF_DATASETS_CACHE"] = _DATASETS.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="prunebench-datasets-")
 
 import pytest
 import torch
@@ -34,9 +34,11 @@ def _quiet() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing that the user's cache holds is believed, and nothing is left there."""
     os.environ["PRUNEBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

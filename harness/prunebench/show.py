@@ -57,7 +57,7 @@ def print_board(board: Board, console: Console) -> None:
         for table in section.tables:
             headings = leaderboard.columns(section, table)
             texts = [leaderboard.cells(section, table, row) for row in table.rows]
-            shown = _columns_that_fit(headings, texts, console)
+            shown = _columns_that_fit(headings, texts, section.parts, console)
             grid = Table(box=SIMPLE, title=escape(leaderboard.table_title(table)), title_justify="left", title_style="bold")
             for index in shown:
                 # Numbers stay whole; a method with its options is broken where the terminal is narrow.
@@ -180,11 +180,11 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     console.print(facts)
 
 
-def _columns_that_fit(headings: list[str], rows: list[list[str]], console: Console) -> list[int]:
-    """All columns, or on a narrow terminal those that matter most."""
+def _columns_that_fit(headings: list[str], rows: list[list[str]], parts: list[str], console: Console) -> list[int]:
+    """All columns, or on a narrow terminal those that matter most: tasks go before anything else does, the last ones first."""
     widths = [max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True)]
     shown = list(range(len(headings)))
-    for heading in ("coverage %", "of all %", "peak MiB", "extra", "sparsity %", "flips %"):
+    for heading in (*reversed(parts), "coverage %", "of all %", "peak MiB", "extra", "sparsity %", "flips %"):
         if METHOD_WIDTH + sum(widths[index] for index in shown if index != 1) > console.width - 4 and heading in headings:
             shown.remove(headings.index(heading))
     return shown

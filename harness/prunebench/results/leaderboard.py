@@ -74,15 +74,16 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
 
 
 def _value(section: Section, row: Row) -> str:
-    scale = 100 if section.is_share else 1
-    spread = "" if row.spread is None or math.isnan(row.spread) else f" ± {number(scale * row.spread, like=scale * row.mean)}"
-    return f"{number(scale * row.mean)}{spread}{_GUESS if '' in row.guesses else ''}"
+    spread = ""
+    if row.spread is not None and not math.isnan(row.spread):
+        spread = f" ± {value_text(row.spread, True) if section.is_share else number(row.spread, like=row.mean)}"
+    return f"{value_text(row.mean, section.is_share)}{spread}{_GUESS if '' in row.guesses else ''}"
 
 
 def _part(section: Section, row: Row, part: str) -> str:
     if part not in row.parts:
         return ""
-    return f"{number(100 * row.parts[part] if section.is_share else row.parts[part])}{_GUESS if part in row.guesses else ''}"
+    return f"{value_text(row.parts[part], section.is_share)}{_GUESS if part in row.guesses else ''}"
 
 
 def _versus(section: Section, row: Row) -> str:
@@ -111,8 +112,8 @@ def difference_size(size: float, exponential: bool, share: bool) -> str:
 
 
 def value_text(value: float | None, share: bool) -> str:
-    """A value; shares in per cent."""
-    return number(100 * value if share and value is not None else value)
+    """A value; shares in per cent with two decimals."""
+    return f"{value:.2%}".removesuffix("%") if share and value is not None and not math.isnan(value) else number(value)
 
 
 def _percent(change: float | None) -> str:

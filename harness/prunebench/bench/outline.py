@@ -123,7 +123,7 @@ def _outlined(planner: Planner, entry: ModelEntry) -> list[Work]:
             tokens=pruning_tokens(method.pruners, held, trained),
             held=held,
             trains=trained > 0,
-            evals=tuple(spec for asked, spec in zip(evals, described, strict=True) if asked.wanted_at(cell.target)),
+            evals=tuple(spec for asked, spec in zip(evals, described, strict=True) if asked.wanted_at(cell.target, cell.seed)),
         )
 
     return [work(cell) for cell in planner.cells()]

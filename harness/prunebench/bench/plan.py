@@ -103,7 +103,12 @@ class Planner:
             RequestError: one that cannot be built.
         """
         return [
-            AskedEval(entry.use, self.registry.eval(parse_step(entry.use)), self._canonical(entry.targets))
+            AskedEval(
+                entry.use,
+                self.registry.eval(parse_step(entry.use)),
+                self._canonical(entry.targets),
+                None if entry.seeds is None else frozenset(entry.seeds),
+            )
             for entry in self.suite.eval
         ]
 
@@ -140,7 +145,7 @@ class Planner:
         trained: dict[str, Tokens] = {}
         for cell in cells:
             tokens = self._run_tokens(cell.method, identity, cell.seed or 0)
-            chosen = [number for number, asked in enumerate(evals) if asked.wanted_at(cell.target)]
+            chosen = [number for number, asked in enumerate(evals) if asked.wanted_at(cell.target, cell.seed)]
             own = tuple(conditions[number] for number in chosen)
             _check_texts(tokens, own)
             spec = run_spec(model, cell.method, cell.target, cell.seed, tokens, own)

@@ -154,10 +154,13 @@ class AskedEval:
     evaluation: Eval
     targets: frozenset[str] | None = None
     """The targets it is for; None for all. The dense model is measured by every one."""
+    seeds: frozenset[int] | None = None
+    """The seeds it is for, where a method has any; None for all."""
 
-    def wanted_at(self, target: Target) -> bool:
-        """Whether runs at this target are measured by it."""
-        return self.targets is None or isinstance(target, Dense) or str(target) in self.targets
+    def wanted_at(self, target: Target, seed: int | None) -> bool:
+        """Whether runs at this target, with this seed, are measured by it."""
+        at_target = self.targets is None or isinstance(target, Dense) or str(target) in self.targets
+        return at_target and (self.seeds is None or seed is None or seed in self.seeds)
 
 
 def eval_specs(

@@ -97,10 +97,12 @@ class MethodEntry(_Section):
 
 
 class EvalEntry(_Section):
-    """An evaluation with its options, and the targets it is for where it is not for all; the dense model is always measured."""
+    """An evaluation with its options, and the targets and seeds it is for where it is not for all; the dense model is always
+    measured."""
 
     use: str
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
 
 
 class Grid(_Section):

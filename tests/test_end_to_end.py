@@ -99,9 +99,9 @@ def test_the_quickstart_runs_once_and_gives_the_same_board(tmp_path: Path, call:
     assert tree(tmp_path) == before
 
     ran = call(tmp_path, *arguments[:-1], "another", "--dry-run")
-    assert ran.out.endswith("4 to do, 0 done; nothing was run.\n")
+    assert "4 to do, 0 done; nothing was run.\n" in ran.out
     ran = call(tmp_path, *arguments, "--dry-run")
-    assert ran.out.endswith("0 to do, 4 done; nothing was run.\n")
+    assert "0 to do, 4 done; nothing was run.\n" in ran.out
 
     assert call(tmp_path, "report", "--out", "one.md").code == 0
     assert call(tmp_path, "report", "--out", "two.md").code == 0
@@ -138,7 +138,7 @@ def test_a_strangers_method_is_run_and_ranked_like_the_others(tmp_path: Path, ca
     site = install_wheel(tmp_path)
     method = "root-magnitude[power=0.5]"
     ran = run_command(
-        "run", "quickstart", "--method", method, "--method", "magnitude[group=row]", "--only", "0.5", "--machine", "elsewhere",
+        "run", "quickstart", "--method", method, "--method", "magnitude[group=row]", "--only", " 0.5", "--machine", "elsewhere",
         cwd=tmp_path, path=site,
     )  # fmt: skip
     assert (ran.code, ran.err) == (0, "")

@@ -193,8 +193,8 @@ def test_an_evaluation_may_be_for_some_targets_and_always_for_the_dense_model(fo
     assert found == {"magnitude 0.5": both, "magnitude 4:8": both[:1], "dense dense": both}
     assert [len(request.eval_texts) for request in requests] == [2, 1, 2]
     seeded = content.replace('steps = ["magnitude"]', 'steps = ["wanda"]').replace('targets = ["0.50"]', "seeds = [7]")
-    requests = Planner(load_suite(written(folder, seeded)), load_registry(), "here", "", "cpu").requests()
-    counts = [(r.spec.target, r.spec.seed, len(r.spec.evals)) for r in requests]
+    few = Planner(load_suite(written(folder, seeded)), load_registry(), "here", "", "cpu").requests()
+    counts = [(r.spec.target, r.spec.seed, len(r.spec.evals)) for r in few]
     assert counts == [("0.5", 0, 1), ("0.5", 7, 2), ("4:8", 0, 1), ("4:8", 7, 2), ("dense", None, 2)]
     plain = Planner(load_suite(written(folder, GOOD)), load_registry(), "here", "", "cpu").requests()
     assert requests[1].spec.id == plain[1].spec.id

@@ -565,5 +565,17 @@ def test_the_committed_records_name_no_place_host_or_user() -> None:
 def test_the_committed_records_are_json_that_anyone_reads() -> None:
     for path in COMMITTED:
         data = json.loads(path.read_text(encoding="utf-8"))
-        assert data["schema"] == 1
+        assert data["schema"] in (1, 2)
         assert all(len(set(map(len, score["items"].values()))) == 1 for score in data["scores"].values() if score["items"])
+
+
+@needs_records
+def test_the_committed_raw_answers_are_whole_and_belong_to_a_record() -> None:
+    store, kept = ResultStore(RESULTS, pytest.fail), set()
+    for stored in store.all():
+        for score in stored.record.scores.values():
+            columns = store.items(stored.record, score)
+            assert len(set(map(len, columns.values()))) == 1
+            if score.items_file:
+                kept.add((RESULTS / stored.path).parent / score.items_file)
+    assert kept == set(RESULTS.glob("*/*/*.parquet"))

@@ -107,6 +107,29 @@ def test_all_seeds_of_a_row_are_compared() -> None:
     assert found.corrected == found.comparison.new_items.p_value < 0.001
 
 
+def test_a_run_that_measured_less_hides_nothing_of_its_row() -> None:
+    whole = measured("magnitude", None, 0.1)
+    [(name, score)] = whole.scores.items()
+    conditions = {**score.conditions, "window": 256}
+    evals = tuple(spec.model_copy(update={"conditions": conditions}) for spec in whole.spec.evals)
+    spec = whole.spec.model_copy(update={"evals": evals})
+    scores = {name: score.model_copy(update={"conditions": conditions})}
+    other = whole.model_copy(update={"spec": spec, "id": spec.id, "scores": scores})
+    for records in ([whole, other], [other, whole]):
+        rows = [row_of(whole, records), [measured("wanda", 0, 0.2)]]
+        assert len(rows[0]) == 2
+        [found] = contests(rows[0], rows[1], lambda _, score: score.items)
+        assert found.score.conditions == score.conditions
+
+
+def test_a_score_that_some_seeds_have_is_compared_for_those() -> None:
+    rows = [[measured(method, seed, above) for seed in range(3)] for method, above in (("wanda", 0.2), ("gblm", 0.1))]
+    rows[0][1:] = [record.model_copy(update={"scores": {}}) for record in rows[0][1:]]
+    [found] = contests(rows[0], rows[1], lambda _, score: score.items)
+    assert found.comparison is not None
+    assert found.comparison.seeds == (0,)
+
+
 def test_the_commands(tmp_path: Path, command: Callable[..., Ran]) -> None:
     store = ResultStore(tmp_path, pytest.fail)
     records = [measured("wanda", seed, 0.2) for seed in range(3)] + [measured("magnitude", None, 0.1)]

@@ -104,6 +104,7 @@ def print_explanations(explanations: Sequence[Explanation], console: Console) ->
 
 def print_contests(contests: Sequence[Contest], console: Console) -> None:
     """Two rows, score by score."""
+    tested = sum(contest.corrected is not None for contest in contests)
     for contest in contests:
         share, exponential = contest.score.unit == "accuracy", bool(contest.score.sample and contest.score.sample.exponential)
         console.print(f"\n[bold]{escape(contest.name)}[/]")
@@ -120,7 +121,7 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
         seeds = "deterministic" if found.seeds == (None,) else f"seeds {', '.join(map(str, found.seeds))}"
         now, later = (leaderboard.difference_text(each, exponential, share) for each in (found.new_items, found.new_seeds))
         facts.add_row(f"A - B{' %' if exponential else ' points' if share else ''}", f"{now}  these seeds, new text ({seeds})")
-        corrected = "" if contest.corrected is None else f", {contest.corrected:.3g} after Holm over {len(contests)} scores"
+        corrected = "" if contest.corrected is None else f", {contest.corrected:.3g} after Holm over {tested} scores"
         facts.add_row("p", f"{found.new_items.p_value:.3g}{corrected}")
         few = "" if found.new_seeds.supports_rank else "; fewer than 5 seeds, so nothing rests on it"
         facts.add_row("", f"{later if found.new_seeds.is_known else 'no interval'}  new seeds too{few}")

@@ -28,10 +28,13 @@ class Contest:
 
 
 def row_of(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
-    """The runs that stand in one row with a run: all seeds of its method, target, recipe and model on its machine."""
+    """The runs that stand in one row with a run: all seeds of its method, target, recipe and model on its machine, and of a
+    seed every run, since one may have measured what another did not."""
     key = row_key(record)
-    found = {other.spec.seed: other for other in records if other.status == "ok" and row_key(other) == key}
-    return [found[seed] for seed in sorted(found, key=lambda seed: -1 if seed is None else seed)]
+    found = [other for other in records if other.status == "ok" and row_key(other) == key]
+    return sorted(
+        found, key=lambda other: (-1 if other.spec.seed is None else other.spec.seed, other.provenance.started, other.id)
+    )
 
 
 def contests(first: Sequence[RunRecord], second: Sequence[RunRecord], load: LoadItems) -> list[Contest]:
@@ -41,28 +44,26 @@ def contests(first: Sequence[RunRecord], second: Sequence[RunRecord], load: Load
     for key, row in mine.items():
         if key not in theirs:
             continue
-        answers = [Answers.of(by_seed(each), load) for each in (row, theirs[key])]
+        answers = [Answers.of(each, load) for each in (row, theirs[key])]
         comparison = compare(answers[0], answers[1]) if answers[0] and answers[1] else None
-        values = [tuple(measured.score.value for measured in by_seed(each)) for each in (row, theirs[key])]
+        values = [tuple(measured.score.value for measured in each) for each in (row, theirs[key])]
         found.append(Contest(row[0].name, values[0], values[1], row[0].score, comparison))
-    tested = [contest for contest in found if contest.comparison is not None]
-    p_values = holm([contest.comparison.new_items.p_value for contest in tested if contest.comparison is not None])
-    corrected = {contest.name: p_value for contest, p_value in zip(tested, p_values, strict=True)}
-    return [replace(contest, corrected=corrected.get(contest.name)) for contest in found]
+    corrected = iter(holm([contest.comparison.new_items.p_value for contest in found if contest.comparison is not None]))
+    return [contest if contest.comparison is None else replace(contest, corrected=next(corrected)) for contest in found]
 
 
 def _scores(row: Sequence[RunRecord]) -> dict[str, list[Measured]]:
-    """A row's scores by their conditions; those that not every run has are left out."""
-    found: dict[str, list[Measured]] = {}
-    for record in row:
+    """A row's scores by their conditions: of each seed that was measured so the latest."""
+    found: dict[str, dict[int | None, Measured]] = {}
+    for record in sorted(row, key=lambda record: (record.provenance.started, record.id)):
         for name, score in record.scores.items():
             key = fingerprint({"conditions": dict(score.conditions), "revision": eval_revision(record, score)})
-            found.setdefault(key, []).append(Measured(record, name, score))
-    return {key: measured for key, measured in found.items() if len(measured) == len(row)}
+            found.setdefault(key, {})[record.spec.seed] = Measured(record, name, score)
+    return {key: by_seed(list(measured.values())) for key, measured in found.items()}
 
 
 def row_key(record: RunRecord) -> tuple[str, ...]:
     """What the runs of a row have in common; only their seeds differ."""
     spec = record.spec
-    recipe = fingerprint(spec.recipe)
-    return (record.machine, spec.model.weights, spec.model.dtype, spec.method, spec.target, recipe)
+    revisions = ", ".join(str(step.revision) for step in spec.steps)
+    return (record.machine, spec.model.weights, spec.model.dtype, spec.method, revisions, spec.target, fingerprint(spec.recipe))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from support import make_record, make_spec
 
+from prunebench.errors import StoreError
 from prunebench.results.board import Board, build_board
 from prunebench.results.comparison import Answers, Measured, compare
+from prunebench.results.items import Columns
 from prunebench.results.leaderboard import to_markdown
-from prunebench.results.records import RunRecord, SampleRecord
+from prunebench.results.records import RunRecord, SampleRecord, ScoreRecord
 from prunebench.results.store import Stored
 
 PERPLEXITY = SampleRecord(column="nll", exponential=True, documents="document")
@@ -186,6 +188,38 @@ def test_a_set_without_a_mean_shows_its_tasks_and_no_ranks() -> None:
     text = to_markdown(found)
     assert " – |" in text
     assert " 100.00 |" in text
+
+
+def test_a_set_without_a_mean_has_no_difference_from_dense() -> None:
+    runs = [answers(name, None, [1] * half + [0] * (80 - half), value=None) for name, half in (("dense", 40), ("wanda", 60))]
+    [section] = board(*runs).sections
+    [table] = section.tables
+    assert [(row.versus, row.flipped) for row in table.rows] == [(None, None)] * 2
+    assert all("" not in row.guesses for row in table.rows)
+    text = to_markdown(board(*runs))
+    assert "nan" not in text
+    assert "– ≈" not in text
+
+
+def test_raw_answers_that_are_gone_do_not_take_the_board_down() -> None:
+    def load(record: RunRecord, score: ScoreRecord) -> Columns:
+        if record.spec.method == "wanda":
+            raise StoreError("the raw answers x.parquet cannot be read: gone.")
+        return score.items
+
+    made = [windows(name, None, above) for name, above in (("dense", 0.0), ("wanda", 0.2), ("random", 0.3))]
+    found = build_board((Stored(f"box/tiny/{index}.json", one) for index, one in enumerate(made)), load=load)
+    [section] = found.sections
+    assert section.unread == ("the raw answers x.parquet cannot be read: gone.",)
+    assert {row.method: row.versus is None for row in section.tables[0].rows} == {"dense": True, "wanda": True, "random": False}
+    assert "x.parquet" in to_markdown(found)
+
+
+def test_a_score_without_the_column_it_names_is_not_compared() -> None:
+    made = [windows(name, None, above) for name, above in (("wanda", 0.2), ("random", 0.3))]
+    [(name, score)] = made[0].scores.items()
+    made[0] = made[0].model_copy(update={"scores": {name: score.model_copy(update={"items": {}})}})
+    assert set(ranks(board(*made)).values()) == {""}
 
 
 def test_a_table_is_left_out_where_the_dense_model_cannot_do_the_task() -> None:

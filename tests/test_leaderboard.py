@@ -232,6 +232,18 @@ def test_retrained_rows_have_tables_of_their_own_under_their_control() -> None:
     assert [row["vs control"] for row in list(tables(text))[1]] == ["", "", "+50.0%", "", ""]
 
 
+def test_other_training_of_the_same_method_is_no_repetition() -> None:
+    records = [
+        make_record(make_spec("imp", recipe=Recipe(training=C4_TEXT, training_tokens=tokens)), value)
+        for tokens, value in ((4096, 80.0), (8192, 70.0))
+    ]
+    [section] = board(*records).sections
+    assert {(table.training and table.training.training_tokens, table.rows[0].mean) for table in section.tables} == {
+        (4096, 80.0),
+        (8192, 70.0),
+    }
+
+
 def test_a_retrained_dense_model_alone_has_a_row() -> None:
     trained = Recipe(training=C4_TEXT, training_tokens=4096)
     [section] = board(make_record(make_spec("perp", "dense", recipe=trained), 40.0)).sections

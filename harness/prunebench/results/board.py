@@ -45,6 +45,8 @@ class Section:
     """The dense model's value."""
     suites: tuple[str, ...]
     tables: tuple[Table, ...]
+    unread: tuple[str, ...] = ()
+    """Raw answers that could not be read, and why."""
 
     @property
     def title(self) -> str:
@@ -160,10 +162,11 @@ def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
 
 
 def _latest(entries: list[Measured]) -> list[Measured]:
-    """One entry a method, target and seed: runs that differ only in what else they measured are one, not two seeds."""
-    chosen: dict[tuple[str, str, int | None], Measured] = {}
+    """One entry a method, training, target and seed: runs that differ only in what else they measured are one, not two."""
+    chosen: dict[tuple[str, str, str, int | None], Measured] = {}
     for entry in sorted(entries, key=lambda e: (e.record.provenance.started, e.record.id)):
-        chosen[entry.record.spec.method, entry.record.spec.target, entry.record.spec.seed] = entry
+        spec = entry.record.spec
+        chosen[spec.method, _training(entry), spec.target, spec.seed] = entry
     return list(chosen.values())
 
 
@@ -196,6 +199,7 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         baseline=builder.baseline,
         suites=tuple(sorted({e.record.provenance.suite for e in entries if e.record.provenance.suite})),
         tables=tuple(tables),
+        unread=tuple(dict.fromkeys(builder.unread)),
     )
 
 

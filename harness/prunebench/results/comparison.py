@@ -49,7 +49,7 @@ class Answers:
 
     @classmethod
     def of(cls, row: Sequence[Measured], load: LoadItems) -> Answers | None:
-        """The answers of a row's runs, or None where the score does not say what it is made of."""
+        """The answers of a row's runs, or None where the score does not say what it is made of, or that is not kept."""
         samples = [measured.score.sample for measured in row]
         sample = samples[0]
         if sample is None or any(other != sample for other in samples):
@@ -57,6 +57,8 @@ class Answers:
         columns = [load(measured.record, measured.score) for measured in row]
         first = columns[0]
         names = [name for name in (sample.documents, sample.strata, sample.tasks) if name]
+        if any(name not in other for other in columns for name in (sample.column, *names)):
+            return None
         labels = {name: tuple(first[name]) for name in names}
         if any({name: tuple(other[name]) for name in names} != labels for other in columns):
             return None

@@ -32,9 +32,7 @@ def row_of(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
     seed every run, since one may have measured what another did not."""
     key = row_key(record)
     found = [other for other in records if other.status == "ok" and row_key(other) == key]
-    return sorted(
-        found, key=lambda other: (-1 if other.spec.seed is None else other.spec.seed, other.provenance.started, other.id)
-    )
+    return sorted(found, key=lambda other: -1 if other.spec.seed is None else other.spec.seed)
 
 
 def contests(first: Sequence[RunRecord], second: Sequence[RunRecord], load: LoadItems) -> list[Contest]:

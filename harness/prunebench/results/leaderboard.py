@@ -117,7 +117,7 @@ def value_text(value: float | None, share: bool) -> str:
 
 
 def _percent(change: float | None) -> str:
-    return "" if change is None else f"{change:+.1%}"
+    return "" if change is None or math.isnan(change) else f"{change:+.1%}"
 
 
 def _published_markdown(published: Sequence[Beside]) -> str:
@@ -136,6 +136,7 @@ def section_notes(section: Section) -> list[str]:
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
         notes.append(f"No mean and no ranks: the data of {missing} are not here, so the set is not whole.")
+    notes += [f"Without intervals and ranks: {reason}" for reason in section.unread]
     guessed = sorted(
         {name for table in section.tables for row in table.rows if row.method == DENSE for name in row.guesses if name}
     )

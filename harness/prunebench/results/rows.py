@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from prunebench.errors import StoreError
 from prunebench.results.comparison import Answers, LoadItems, Measured, compare
 from prunebench.results.ranks import RankInterval, rank
 from prunebench.results.statistics import Difference
@@ -67,6 +68,8 @@ class RowBuilder:
 
     def __init__(self, dense: Sequence[Measured], load: LoadItems) -> None:
         self._load = load
+        self.unread: list[str] = []
+        """Raw answers that are gone, or not those of their record, and why."""
         self._answers: dict[tuple[str, ...], Answers | None] = {}
         own = [measured for measured in dense if measured.record.spec.method == DENSE]
         self._baseline = value_of(own[0]) if own else None
@@ -95,6 +98,8 @@ class RowBuilder:
     ) -> tuple[list[Row], float | None]:
         """The rows with their ranks among each other, and the smallest true difference that a test of two of them would have
         shown with 80% power, the median over pairs; without both, where two rows cannot be compared."""
+        if len(rows) < 2 or any(math.isnan(row.mean) for row in rows):  # a set without a mean has no order
+            return list(rows), None
         answers = {}
         for row in rows:
             answers[row.method] = self._of(by_seed([e for e in entries if e.record.spec.method == row.method]))
@@ -109,15 +114,17 @@ class RowBuilder:
                     return list(rows), None
                 differences[first, second] = found.new_items
                 detectable.append(found.detectable)
-        if len(rows) < 2 or any(math.isnan(row.mean) for row in rows):  # a set without a mean has no order
-            return list(rows), None
         ranks = rank(names, differences, higher_is_better).ranks
-        return [replace(row, rank=ranks[row.method]) for row in rows], statistics.median(detectable) if detectable else None
+        return [replace(row, rank=ranks[row.method]) for row in rows], statistics.median(detectable)
 
     def _of(self, row: Sequence[Measured]) -> Answers | None:
         key = tuple(measured.record.id for measured in row)
         if key not in self._answers:
-            self._answers[key] = Answers.of(row, self._load)
+            self._answers[key] = None
+            try:
+                self._answers[key] = Answers.of(row, self._load)
+            except StoreError as error:  # the rest of the board stands without them
+                self.unread.append(str(error))
         return self._answers[key]
 
     def _row(self, method: str, entries: Sequence[Measured], controls: Mapping[str, Sequence[float]]) -> Row:
@@ -130,8 +137,9 @@ class RowBuilder:
         later = [step.text for step in records[0].spec.steps[1:]]
         control = controls.get(" + ".join([DENSE, *later])) if later else None
         answers = self._of(entries)
+        whole = not math.isnan(mean)  # what has no mean has no difference of means either
         is_baseline = dense and method == DENSE
-        versus = compare(answers, self._dense) if answers and self._dense and not is_baseline else None
+        versus = compare(answers, self._dense) if answers and self._dense and whole and not is_baseline else None
         back = compare(self._dense, answers) if versus and answers and self._dense and answers.are_right_or_wrong else None
         return Row(
             method=method,
@@ -155,7 +163,7 @@ class RowBuilder:
             ids=tuple(record.id for record in records),
             versus=versus.new_items if versus else None,
             flipped=back.flipped if back else None,
-            guesses=answers.guesses if answers else frozenset(),
+            guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
         )
 
 

@@ -708,6 +708,12 @@ def test_eval_says_the_value_and_its_conditions(command: Command) -> None:
     assert "window=16, windows=4" in " ".join(ran.out.split())
 
 
+def test_eval_does_not_take_a_model_for_its_own_dense_one(command: Command) -> None:
+    ran = command("eval", "tiny", "--eval", EVAL.replace("perplexity", "divergence"))
+    assert ran.code == 2
+    assert "give the evaluation to a suite" in ran.complaint
+
+
 def test_eval_of_two_texts(command: Command) -> None:
     other = EVAL.replace("windows=4", "windows=2")
     found = scores(command("eval", "tiny", "--eval", EVAL, "--eval", other, "--json"))

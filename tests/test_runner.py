@@ -25,7 +25,7 @@ from prunebench.bench import runner
 from prunebench.bench.executors import InlineExecutor
 from prunebench.errors import NonFiniteError, Refused, RunError
 from prunebench.results.records import RunRecord
-from prunebench.spec import Changes, Eval, EvalFacts, EvalJob, Job, JobFacts, Needs, Pruner, Score, option
+from prunebench.spec import Changes, Eval, EvalFacts, EvalJob, Job, JobFacts, Needs, Pruner, Sample, Score, option
 from prunebench.targets import Unstructured
 from prunebench.toolkit import keep_mask, magnitude_scores, phase, walk
 from prunebench.toolkit.loading import quiet_transformers
@@ -525,7 +525,7 @@ def test_a_perplexity_beyond_all_numbers(run: Watched) -> None:
     assert "whose exponential is not finite" in record.failure.message
 
 
-def measuring(value: float, items: dict[str, list[float]] | None = None) -> type[Eval]:
+def measuring(value: float, items: dict[str, list[float]] | None = None, sample: Sample | None = None) -> type[Eval]:
     """A stranger's evaluation that finds this value."""
 
     @dataclass
@@ -539,7 +539,7 @@ def measuring(value: float, items: dict[str, list[float]] | None = None) -> type
 
         def measure(self, job: EvalJob) -> Score:
             assert not job.model.training
-            return Score(value, "points", True, items or {})
+            return Score(value, "points", True, items or {}, sample=sample)
 
     return Measure
 
@@ -559,6 +559,22 @@ def test_a_strangers_value_that_is_no_number(value: float, run: Watched) -> None
     assert record.failure is not None
     assert record.failure.kind == "nan"
     assert len(record.steps) == 1
+
+
+@pytest.mark.parametrize(
+    ("items", "sample", "said"),
+    [
+        ({"answers": [1.0, 2.0], "more": [1.0]}, None, "columns of different lengths"),
+        ({"answers": [1.0, 2.0]}, Sample("answers", strata="subject"), "'subject', which is none of its items"),
+    ],
+)
+def test_items_that_are_not_what_they_should_be(
+    items: dict[str, list[float]], sample: Sample | None, said: str, run: Watched
+) -> None:
+    """Found before they are stored: the store and every board would stumble over them."""
+    record = run("magnitude", measuring(7.5, items, sample), evals=["measure"])
+    assert record.failure is not None
+    assert said in record.failure.message
 
 
 def test_an_evaluation_that_fails_keeps_what_was_measured_before(run: Watched, bench: Bench) -> None:

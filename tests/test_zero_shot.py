@@ -409,6 +409,14 @@ def test_a_set_with_a_missing_member_has_no_mean(model: PreTrainedModel, facts: 
     assert conditions["tasks"] == {name: facts for name, facts in before["tasks"].items() if name != "rte"}
 
 
+def test_the_only_member_left_is_shown(model: PreTrainedModel, facts: EvalFacts, wanda7: Path) -> None:
+    for path in wanda7.rglob("*.jsonl"):
+        if "boolq" not in str(path):
+            path.unlink()
+    score = measure(model, facts, tasks="wanda7")
+    assert (score.value, list(score.parts)) == (None, ["boolq"])
+
+
 def test_a_list_of_tasks_with_a_missing_one_is_refused(facts: EvalFacts, wanda7: Path) -> None:
     (wanda7 / "nyu-mll/glue/rte/validation.jsonl").rename(wanda7 / "nyu-mll/glue/rte/train.jsonl")
     with pytest.raises(DataError, match=r"rte needs nyu-mll/glue/rte/validation\.jsonl, and PRUNEBENCH_MIRROR has train"):

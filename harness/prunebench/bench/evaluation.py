@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import eval_facts
-from prunebench.errors import NonFiniteError
+from prunebench.errors import NonFiniteError, RequestError, RunError
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
 from prunebench.results.records import EvalSpec, SampleRecord, ScoreRecord
@@ -33,6 +33,7 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, sc
 
     Raises:
         NonFiniteError: a value is not a number.
+        RunError: an evaluation's items are not what it says they are.
     """
     device = torch.device(request.device)
     model.to(device)  # type: ignore[arg-type]
@@ -67,7 +68,13 @@ class DenseModel:
         self._model: PreTrainedModel | None = None
 
     def __call__(self) -> PreTrainedModel:
-        """The model in eval mode on the device."""
+        """The model in eval mode on the device.
+
+        Raises:
+            RequestError: the model was not pruned here, so that nobody knows what it was before.
+        """
+        if not self._request.spec.steps:
+            raise RequestError("what a model was before it was pruned is known in runs only: give the evaluation to a suite.")
         if self._model is None:
             model = load_model(self._request.model, self._request.spec.model.dtype)
             self._model = model.to(self._device).eval()  # type: ignore[arg-type]
@@ -83,6 +90,7 @@ def score_names(texts: list[str]) -> list[str]:
 
 
 def _score_record(name: str, score: Score, spec: EvalSpec, seconds: float) -> ScoreRecord:
+    _check_items(name, score)
     for part, value in {"": score.value, **score.parts}.items():
         if value is not None and not math.isfinite(value):
             raise NonFiniteError(f"the evaluation {' '.join((name, part)).strip()} found {value}, which is no number.")
@@ -96,3 +104,12 @@ def _score_record(name: str, score: Score, spec: EvalSpec, seconds: float) -> Sc
         sample=SampleRecord(**asdict(score.sample)) if score.sample else None,
         items={column: list(values) for column, values in score.items.items()},
     )
+
+
+def _check_items(name: str, score: Score) -> None:
+    if len({len(values) for values in score.items.values()}) > 1:
+        raise RunError(f"the evaluation {name} gives columns of different lengths.")
+    sample = score.sample
+    for column in (sample.column, sample.documents, sample.strata, sample.tasks) if sample else ():
+        if column is not None and column not in score.items:
+            raise RunError(f"the evaluation {name} says that its value is made of {column!r}, which is none of its items.")

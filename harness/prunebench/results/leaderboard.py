@@ -214,9 +214,9 @@ cost of whatever was reused; `peak MiB` the highest memory of the process (of th
 marks costs measured while other processes took cores that the run needed. An accuracy with ≈ cannot be told from guessing."""
 
 
-_PUBLISHED = """Numbers of the papers are kept in `results/published/`. One stands beside ours only where model, method, target, every
-stated condition and the content of the full data set agree; `reproduced` is within 1% of a perplexity, or two standard errors of
-an accuracy. A copy of another paper's number confirms nothing."""
+_PUBLISHED = """Numbers of the papers are kept in `results/published/`. One stands beside ours only where model, method, target,
+every stated condition and the content of the full data set agree; `reproduced` is within 1% of a perplexity, or two standard
+errors of an accuracy. A copy of another paper's number confirms nothing."""
 
 
 def _section_markdown(section: Section) -> str:

@@ -95,7 +95,7 @@ class ZeroShot(Eval):
                         self._note(items, member.name, task, sample)
         parts = {member.name: _mean(items, member.name) for member in asked.members}
         value = None if asked.missing else math.fsum(parts.values()) / len(parts)
-        shown = parts if len(parts) > 1 else {}
+        shown = parts if len(parts) > 1 or asked.missing else {}
         return Score(value, "accuracy", True, items, shown, Sample("right", strata="stratum", tasks="task"))
 
     def _answers(self, asked: TaskSet, job: EvalJob) -> dict[str, list[dict[str, Any]]]:

@@ -60,6 +60,14 @@ def test_nested_conditions_are_told_by_their_path() -> None:
     assert points(first, second) == {"conditions.tasks.boolq.version": True}
 
 
+def test_lists_of_parts_are_told_by_their_parts() -> None:
+    def asked(**changes: str) -> RunRecord:
+        return make_record(with_conditions(make_spec(), tasks=[{"task": "lambada", "origin": "hub", "hash": "a", **changes}]))
+
+    assert points(asked(), asked(hash="b")) == {"conditions.tasks.0.hash": True}
+    assert points(asked(), asked(origin="mirror")) == {"conditions.tasks.0.origin": False}
+
+
 def test_calibration_training_machine_and_revision_count() -> None:
     plain = make_record(make_spec(recipe=C4))
     longer = make_record(make_spec(recipe=C4.model_copy(update={"length": 256})))
@@ -152,6 +160,29 @@ def test_the_commands(tmp_path: Path, command: Callable[..., Ran]) -> None:
     ):
         ran = command(*arguments, "--results", tmp_path)
         assert (ran.code, said in ran.err) == (2, True)
+
+
+def test_runs_of_two_machines_are_told_apart_and_those_of_one_row_not_compared(
+    tmp_path: Path, command: Callable[..., Ran]
+) -> None:
+    store = ResultStore(tmp_path, pytest.fail)
+    here = [measured("wanda", seed, 0.2) for seed in range(2)]
+    there = here[0].model_copy(update={"machine": "another"})
+    for record in (*here, there):
+        store.write(record)
+    ran = command("explain", here[0].id, here[1].id, "--results", tmp_path)
+    assert (ran.code, f"another/{there.id}" in ran.err) == (2, True)
+    ran = command("explain", f"{here[0].machine}/{here[0].id}", f"another/{there.id}", "--results", tmp_path)
+    assert (ran.code, "one machine's costs" in " ".join(ran.out.split())) == (0, True)
+    ran = command("compare", f"{here[0].machine}/{here[0].id}", here[1].id, "--results", tmp_path)
+    assert (ran.code, "of one row" in ran.err) == (2, True)
+
+
+def test_a_report_of_no_section_says_so(tmp_path: Path, command: Callable[..., Ran]) -> None:
+    ResultStore(tmp_path, pytest.fail).write(make_record())
+    ran = command("report", "--only", "nothing", "--out", tmp_path / "page.md", "--results", tmp_path)
+    assert (ran.code, "no section's title contains 'nothing'" in ran.err) == (2, True)
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_rows_without_a_common_score_are_refused(tmp_path: Path, command: Callable[..., Ran]) -> None:

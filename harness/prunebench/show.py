@@ -73,7 +73,9 @@ def print_board(board: Board, console: Console) -> None:
                 console.print(f"  {escape(limits)}", style="dim", highlight=False)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
         for record in records:
-            console.print(f"{title}: {escape(leaderboard.describe(record))}: {escape(record.reason or '')}", highlight=False)
+            console.print(
+                f"{title}: {escape(leaderboard.describe(record))}: {escape(leaderboard.reason(record))}", highlight=False
+            )
 
 
 def draw_board(board: Board) -> str:
@@ -131,7 +133,7 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
             for seed, flips in zip(found.seeds, found.flips, strict=True):
                 label = "flips" if seed is None else f"flips, seed {seed}"
                 lost, won = flips.right_to_wrong, flips.wrong_to_right
-                text = f"{lost} right to wrong, {won} wrong to right of {flips.asked:,} ({flips.share:.1%})"
+                text = f"from A to B {lost} right to wrong, {won} wrong to right of {flips.asked:,} ({flips.share:.1%})"
                 facts.add_row(label, text + (f", McNemar p {flips.p_value:.3g}" if len(found.first.tasks) == 1 else ""))
         console.print(facts)
 

@@ -35,7 +35,7 @@ def show(
 
 @app.command()
 def explain(
-    first: Annotated[str, typer.Argument(metavar="A", help="The id of a run, or its first digits.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="The id of a run, or its first digits; or MACHINE/ID.")],
     second: Annotated[str, typer.Argument(metavar="B", help="Another's.")],
     results: Results = Path("results"),
 ) -> None:
@@ -64,11 +64,13 @@ def compare(
 
     Example: prunebench compare 3f2a 91bc
     """
-    from prunebench.results.contest import contests, row_of
+    from prunebench.results.contest import contests, row_key, row_of
     from prunebench.show import print_contests
 
     store = open_store(results)
     records = _records(results, first, second)
+    if row_key(records[0]) == row_key(records[1]):
+        raise RequestError(f"{first} and {second} are of one row, which all seeds of a method are; name a run of another row.")
     everything = [stored.record for stored in store.latest()]
     found = contests(row_of(records[0], everything), row_of(records[1], everything), store.items)
     if not found:
@@ -101,9 +103,13 @@ def report(
     revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
     store = open_store(results)
     latest = store.latest()
-    board = build_board(latest, revisions, store.items).only(only or "")
-    papers = results / "published"
-    placed = beside(load_published(papers), [stored.record for stored in latest]) if papers.is_dir() else []
+    whole = build_board(latest, revisions, store.items)
+    board = whole.only(only or "")
+    if whole.sections and not board.sections:
+        raise RequestError(f"no section's title contains {only!r}; titles are, for example, {whole.sections[0].title!r}.")
+    papers, old = results / "published", {record.id for record in board.outdated}
+    present = [stored.record for stored in latest if stored.record.id not in old]
+    placed = beside(load_published(papers), present) if papers.is_dir() else []
     print_board(board, terminal)
     if placed and not only:
         terminal.print(f"\n{counts(placed)}")
@@ -122,9 +128,10 @@ def _records(results: Path, *ids: str) -> list[RunRecord]:
     latest = [stored.record for stored in open_store(results).latest()]
     found = []
     for run_id in ids:
-        matching = [record for record in latest if record.id.startswith(run_id)]
+        matching = [r for r in latest if r.id.startswith(run_id) or f"{r.machine}/{r.id}".startswith(run_id)]
         if len(matching) != 1:
-            raise RequestError(f"{len(matching) or 'no'} runs in {results} have an id that begins with {run_id!r}.")
+            more = f": {', '.join(f'{record.machine}/{record.id}' for record in matching)}" if 1 < len(matching) <= 4 else ""
+            raise RequestError(f"{len(matching) or 'no'} runs in {results} have an id that begins with {run_id!r}{more}.")
         if matching[0].status != "ok":
             raise RequestError(f"the run {run_id} has no scores: it is {matching[0].status}.")
         found.append(matching[0])

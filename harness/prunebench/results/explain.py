@@ -101,6 +101,8 @@ def _differing(place: str, first: Mapping[str, Any], second: Mapping[str, Any], 
         mine, theirs = first.get(name), second.get(name)
         if mine == theirs:
             continue
+        if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+            mine, theirs = ({str(number): value for number, value in enumerate(values)} for values in (mine, theirs))
         if isinstance(mine, dict) and isinstance(theirs, dict):
             yield from _differing(f"{place}.{name}", mine, theirs, why)
         else:

@@ -28,7 +28,7 @@ def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
         parts.append(_published_markdown(published))
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
         if records:
-            lines = [f"* {_one_line(f'{describe(record)}: {_reason(record)}')}" for record in records]
+            lines = [f"* {_one_line(f'{describe(record)}: {reason(record)}')}" for record in records]
             parts.append(f"## {title} runs\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -136,7 +136,7 @@ def section_notes(section: Section) -> list[str]:
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
         notes.append(f"No mean and no ranks: the data of {missing} are not here, so the set is not whole.")
-    notes += [f"Without intervals and ranks: {reason}" for reason in section.unread]
+    notes += [f"Without intervals and ranks: {unread}" for unread in section.unread]
     guessed = sorted(
         {name for table in section.tables for row in table.rows if row.method == DENSE for name in row.guesses if name}
     )
@@ -261,7 +261,8 @@ def table_title(table: Table) -> str:
     return f"{title}, retrained on text of {table.training.training.label()}, {table.training.training_tokens:,} tokens"
 
 
-def _reason(record: RunRecord) -> str:
+def reason(record: RunRecord) -> str:
+    """Why a run is in no table."""
     if record.failure is not None:
         return f"{record.failure.kind}: {record.failure.message}"
     return record.reason or "measured with another revision of the method; run the suite again"

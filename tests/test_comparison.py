@@ -85,9 +85,22 @@ def test_the_order_of_records_and_repetition_change_nothing() -> None:
     assert to_markdown(board(*runs)) == to_markdown(board(*reversed(runs))) == to_markdown(board(*runs))
 
 
-def test_one_document_gives_no_interval_and_so_shared_ranks() -> None:
+def test_without_articles_neighbouring_windows_are_drawn_together() -> None:
     runs = [windows("wanda", 0, 0.2, documents=1), windows("magnitude", None, 0.9, documents=1)]
+    assert ranks(board(*runs)) == {"wanda": "1", "magnitude": "2"}
+    assert row(runs[0]).items.clusters is None
+
+
+def test_a_handful_of_windows_gives_no_interval_and_so_shared_ranks() -> None:
+    runs = [windows("wanda", 0, 0.2, documents=1), windows("magnitude", None, 0.9, documents=1)]
+    for index, made in enumerate(runs):
+        [(name, score)] = made.scores.items()
+        items = {column: values[:4] for column, values in score.items.items()}
+        runs[index] = made.model_copy(update={"scores": {name: score.model_copy(update={"items": items})}})
     assert ranks(board(*runs)) == {"wanda": "1-2", "magnitude": "1-2"}
+    text = to_markdown(board(*runs))
+    assert "So few items tell no two rows apart." in text
+    assert "nan" not in text
 
 
 def test_a_row_alone_has_no_rank() -> None:

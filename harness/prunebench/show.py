@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,12 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
         few = "" if found.new_seeds.supports_rank else "; fewer than 5 seeds, so nothing rests on it"
         facts.add_row("", f"{later if found.new_seeds.is_known else 'no interval'}  new seeds too{few}")
         least = leaderboard.difference_size(found.detectable, exponential, share)
-        facts.add_row("could show", f"true differences from {least} on, four times of five")
+        could = (
+            f"true differences from {least} on, four times of five"
+            if math.isfinite(found.detectable)
+            else "none: too few items"
+        )
+        facts.add_row("could show", could)
         if found.first.are_right_or_wrong:
             for seed, flips in zip(found.seeds, found.flips, strict=True):
                 label = "flips" if seed is None else f"flips, seed {seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,9 +64,12 @@ class Answers:
         if any({name: tuple(other[name]) for name in names} != labels for other in columns):
             return None
         tasks = _codes(labels[sample.tasks]) if sample.tasks else None
+        documents = _codes(labels[sample.documents]) if sample.documents else None
+        if documents is not None and not documents.any() and sample.strata is None:
+            documents = None  # a text in one piece, of which no articles are known: its neighbouring windows are drawn together
         items = Items(
             weights=equal_weights(len(first[sample.column])) if tasks is None else macro_weights(tasks),
-            clusters=_codes(labels[sample.documents]) if sample.documents else None,
+            clusters=documents,
             strata=_codes(labels[sample.strata]) if sample.strata else None,
         )
         return cls(
@@ -142,9 +146,10 @@ class Comparison:
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that these items and seeds would have shown in four of five cases."""
+        """The smallest true difference that these items and seeds would have shown in four of five cases; infinite for too
+        few items."""
         found = self.new_items
-        return smallest_detectable(found.standard_error, found.degrees_of_freedom)
+        return smallest_detectable(found.standard_error, found.degrees_of_freedom) if found.is_known else math.inf
 
     @property
     def _seed(self) -> bytes:

@@ -244,6 +244,8 @@ def table_limits(section: Section, table: Table) -> str | None:
     if table.detectable is None:
         unranked = sum(not math.isnan(row.mean) for row in table.rows if row.method != DENSE)
         return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
+    if math.isinf(table.detectable):
+        return "So few items tell no two rows apart."
     least = difference_size(table.detectable, section.is_ratio, section.is_share)
     return f"A true difference of two rows below about {least} had less than an 80% chance to show, before the correction."
 

@@ -351,6 +351,23 @@ def test_costs_beside_other_runs_are_marked() -> None:
     assert [row["prune s"] for row in only_table(page(*seeds))] == ["2.00*"]
 
 
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        (
+            {"tasks": {"one": {"items": 900, "tasks": 1}, "two": {"items": 40, "tasks": 1}}, "limit": 100},
+            "140 questions, the first",
+        ),
+        ({"tasks": ["a", "b"]}, "Evaluation: float32, sdpa attention"),
+    ],
+)
+def test_questions_are_those_asked_and_strangers_are_left_to_speak(conditions: dict[str, Any], said: str) -> None:
+    record = make_record()
+    [(name, score)] = record.scores.items()
+    told = {"eval": "any", "dtype": "float32", "attention": "sdpa", **conditions}
+    assert said in page(record.model_copy(update={"scores": {name: score.model_copy(update={"conditions": told})}}))
+
+
 def test_excerpts_are_called_so() -> None:
     conditions = CONDITIONS | {"complete": False}
     recipe = C4_512.model_copy(update={"calibration": C4_TEXT.model_copy(update={"complete": False})})

@@ -494,6 +494,11 @@ def test_questions_of_a_limit() -> None:
     assert Asked.by({"tasks": [{"task": "lambada", "questions": 7}]}).questions == (("lambada", 7),)
 
 
+@pytest.mark.parametrize("conditions", [{"tasks": ["a", "b"]}, {"tasks": {"a": 3}}, {"windows": "sliding"}, {"tasks": "boolq"}])
+def test_conditions_of_strangers_are_no_error(conditions: dict[str, Any]) -> None:
+    assert Asked.by(conditions) == Asked(0, 0, ())
+
+
 def test_figures_are_for_every_evaluation(bench: Bench, tmp_path: Path) -> None:
     found = shown(bench, tmp_path, tmp_path / "none", "dense", "wanda").figures
     [(model, text, value)] = found

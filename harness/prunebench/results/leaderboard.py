@@ -10,6 +10,7 @@ import pandas as pd
 
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
+from prunebench.results.planning import Asked
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
 from prunebench.results.statistics import Difference
@@ -131,8 +132,8 @@ def _published_markdown(published: Sequence[Beside]) -> str:
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
-    where = f"{conditions.get('dtype')}, {conditions.get('attention')} attention"
-    notes = [f"Evaluation: {_what(conditions)}, {where} (conditions `{fingerprint(dict(conditions))}`)."]
+    told = [_what(conditions), str(conditions.get("dtype")), f"{conditions.get('attention')} attention"]
+    notes = [f"Evaluation: {', '.join(filter(None, told))} (conditions `{fingerprint(dict(conditions))}`)."]
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
         notes.append(f"No mean and no ranks: the data of {missing} are not here, so the set is not whole.")
@@ -156,14 +157,12 @@ def section_notes(section: Section) -> list[str]:
 
 
 def _what(conditions: Mapping[str, Any]) -> str:
-    """What was asked, in a few words."""
-    if "windows" in conditions:
-        return f"{conditions['windows']} windows of {conditions.get('window', '?')} tokens"
-    tasks = conditions.get("tasks")
-    questions = conditions.get("questions", 0)
-    if isinstance(tasks, dict):
-        questions = sum(int(facts.get("items", 0)) for facts in tasks.values())
-    asked = [f"{questions:,} questions"]
+    """What was asked, in a few words; nothing where an evaluation does not say it as the built-in ones do."""
+    reads = Asked.by(conditions)
+    if reads.windows:
+        return f"{reads.windows} windows of {reads.window or '?'} tokens"
+    questions = sum(count for _, count in reads.questions)
+    asked = [f"{questions:,} questions"] if questions else []
     if conditions.get("limit"):
         asked.append(f"the first {conditions['limit']} of each task")
     if "lm_eval" in conditions:

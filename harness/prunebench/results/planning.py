@@ -46,6 +46,13 @@ class Asked:
     @classmethod
     def by(cls, conditions: Mapping[str, Any]) -> Asked:
         """As perplexity and divergence, zero_shot and generation say it; nothing where an evaluation says it otherwise."""
+        try:
+            return cls._read(conditions)
+        except (AttributeError, KeyError, TypeError, ValueError):  # a stranger's may call anything `tasks` or `windows`
+            return cls(0, 0, ())
+
+    @classmethod
+    def _read(cls, conditions: Mapping[str, Any]) -> Asked:
         limit, tasks = conditions.get("limit"), conditions.get("tasks")
         questions: list[tuple[str, int]] = []
         if isinstance(tasks, Mapping):

@@ -195,7 +195,7 @@ def _resampled(values: Floats, share: Floats, draw: tuple[int, int], seed: int |
     return np.array([np.var(times @ (row * share) / total) for row in values])  # row by row: the same bits beside other rows
 
 
-@lru_cache(maxsize=2)  # the pairs of a table are resampled alike
+@lru_cache(maxsize=2)  # both estimands of a pair are resampled alike
 def _times(units: int, drawn: int, stratum: int, seed: int, resamples: int) -> Floats:
     """How often each unit is drawn, [resamples, units]."""
     generator = np.random.default_rng([abs(seed), int(seed < 0), stratum])

@@ -103,6 +103,24 @@ def test_a_handful_of_windows_gives_no_interval_and_so_shared_ranks() -> None:
     assert "nan" not in text
 
 
+def test_a_row_that_cannot_be_compared_takes_no_rank_from_the_others() -> None:
+    others = [windows("wanda", 0, 0.2), windows("random", 0, 0.4), windows("gblm", 0, 0.6)]
+    assert ranks(board(*others, windows("magnitude", None, 0.1, documents=30))) == {
+        "magnitude": "",
+        "wanda": "1",
+        "random": "2",
+        "gblm": "3",
+    }
+
+
+def test_what_could_have_shown_is_told_after_correction() -> None:
+    three = [windows("wanda", 0, 0.2), windows("random", 0, 0.21), windows("gblm", 0, 0.22)]
+    [few], [many] = board(*three[:2]).sections, board(*three).sections
+    assert few.tables[0].detectable is not None
+    assert many.tables[0].detectable is not None
+    assert 1.1 < many.tables[0].detectable / few.tables[0].detectable < 1.6
+
+
 def test_a_row_alone_has_no_rank() -> None:
     assert ranks(board(windows("dense", None, 0.0), windows("wanda", 0, 0.2))) == {"dense": "", "wanda": ""}
 

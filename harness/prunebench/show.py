@@ -128,10 +128,10 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
         facts.add_row("p", f"{found.new_items.p_value:.3g}{corrected}")
         few = "" if found.new_seeds.supports_rank else "; fewer than 5 seeds, so nothing rests on it"
         facts.add_row("", f"{later if found.new_seeds.is_known else 'no interval'}  new seeds too{few}")
-        least = leaderboard.difference_size(found.detectable, exponential, share)
+        least = leaderboard.difference_size(found.detectable(), exponential, share)
         could = (
             f"true differences from {least} on, four times of five"
-            if math.isfinite(found.detectable)
+            if math.isfinite(found.detectable())
             else "none: too few items"
         )
         facts.add_row("could show", could)

@@ -14,6 +14,7 @@ from prunebench.errors import RequestError
 
 if TYPE_CHECKING:
     from prunebench.bench.plan import Planner, RunRequest
+    from prunebench.results.records import EvalSpec
     from prunebench.results.store import ResultStore
 
 _Run = TypeVar("_Run")
@@ -112,10 +113,20 @@ def _requests(planner: Planner, suite: str, only: str | None) -> list[RunRequest
     from prunebench.bench.display import run_label
 
     requests = planner.requests()
+    for evaluation, tasks in sorted({_missing(spec) for request in requests for spec in request.spec.evals}):
+        if tasks:
+            said = f"{evaluation}: the data of {tasks} are not here, so it will have no mean."
+            terminal.print(escape(said), style="yellow")
     for found in planner.overlaps:
         share = f"{found.share:.2%} of the 13-grams of {found.evaluation} are in the training text {found.training}."
         terminal.print(escape(share), style="dim" if found.share < 0.01 else "yellow")
     return _with_text(requests, [run_label(request.spec) for request in requests], suite, only)
+
+
+def _missing(spec: EvalSpec) -> tuple[str, str]:
+    """An evaluation, and the tasks of its set that cannot be had."""
+    names = spec.conditions.get("missing")
+    return spec.text, ", ".join(map(str, names)) if isinstance(names, list) else ""
 
 
 def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None) -> list[_Run]:

@@ -144,12 +144,12 @@ class Comparison:
         lost, won = (first > second).mean(axis=0), (second > first).mean(axis=0)
         return float(lost @ weights), float(won @ weights)
 
-    @property
-    def detectable(self) -> float:
-        """The smallest true difference that these items and seeds would have shown in four of five cases; infinite for too
-        few items."""
+    def detectable(self, level: float = 0.95) -> float:
+        """The smallest true difference that these items and seeds would have shown at this level in four of five cases."""
         found = self.new_items
-        return smallest_detectable(found.standard_error, found.degrees_of_freedom) if found.is_known else math.inf
+        if not found.is_known:
+            return math.inf
+        return smallest_detectable(found.standard_error, found.degrees_of_freedom, level)
 
     @property
     def _seed(self) -> bytes:

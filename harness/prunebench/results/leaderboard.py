@@ -41,7 +41,7 @@ def columns(section: Section, table: Table) -> list[str]:
         "method",
         f"{section.unit} %" if section.is_share else section.unit,
         f"vs dense{' %' if section.is_ratio else ' points' if section.is_share else ''} [95%]",
-        *(["vs control", "extra"] if table.training else []),
+        *([f"vs control{' points' if section.is_share else ''}", "extra"] if table.training else []),
         *(["flips %"] if section.asks_questions else []),
         *section.parts,
         "seeds",
@@ -66,7 +66,7 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         f"{method} (tuned)" if row.tuned else method,
         _value(section, row),
         _versus(section, row),
-        *([_percent(row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
+        *([_against(section, row, row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
         *([flips] if section.asks_questions else []),
         *(_part(section, row, part) for part in section.parts),
         row.seeds_shown,
@@ -90,7 +90,7 @@ def _part(section: Section, row: Row, part: str) -> str:
 def _versus(section: Section, row: Row) -> str:
     """The difference from dense with its interval: of perplexities relative, of shares in points."""
     if row.versus is None:
-        return _percent(row.change)
+        return _against(section, row, None if row.change is None else row.mean / (1 + row.change))
     return difference_text(row.versus, section.is_ratio, section.is_share)
 
 
@@ -117,8 +117,11 @@ def value_text(value: float | None, share: bool) -> str:
     return f"{value:.2%}".removesuffix("%") if share and value is not None and not math.isnan(value) else number(value)
 
 
-def _percent(change: float | None) -> str:
-    return "" if change is None or math.isnan(change) else f"{change:+.1%}"
+def _against(section: Section, row: Row, other: float | None) -> str:
+    """A row's mean against another, without an interval: of shares in points, else relative in per cent."""
+    if not other or math.isnan(row.mean):
+        return ""
+    return f"{100 * (row.mean - other):+.1f}" if section.is_share else f"{row.mean / other - 1:+.1%}"
 
 
 def _published_markdown(published: Sequence[Beside]) -> str:
@@ -136,7 +139,7 @@ def section_notes(section: Section) -> list[str]:
     notes = [f"Evaluation: {', '.join(filter(None, told))} (conditions `{fingerprint(dict(conditions))}`)."]
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
-        notes.append(f"No mean and no ranks: the data of {missing} are not here, so the set is not whole.")
+        notes.append(f"No mean and no ranks: the data of {missing} were not there, so the set is not whole.")
     notes += [f"Without intervals and ranks: {unread}" for unread in section.unread]
     guessed = sorted(
         {name for table in section.tables for row in table.rows if row.method == DENSE for name in row.guesses if name}
@@ -246,7 +249,7 @@ def table_limits(section: Section, table: Table) -> str | None:
     if math.isinf(table.detectable):
         return "So few items tell no two rows apart."
     least = difference_size(table.detectable, section.is_ratio, section.is_share)
-    return f"A true difference of two rows below about {least} had less than an 80% chance to show, before the correction."
+    return f"A true difference of two rows below about {least} had less than an 80% chance to show."
 
 
 def target_title(target: str) -> str:

@@ -256,7 +256,7 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     if data["schema"] == 1:
         data = {**data, "schema": 2}
         for score in data.get("scores", {}).values():
-            if score["conditions"].get("eval") == "perplexity":
+            if score.get("conditions", {}).get("eval") == "perplexity":
                 score["sample"] = {"column": "nll", "exponential": True, "documents": "document"}
     return data
 

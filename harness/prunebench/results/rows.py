@@ -6,9 +6,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from prunebench.errors import StoreError
-from prunebench.results.comparison import Answers, LoadItems, Measured, compare
+from prunebench.results.comparison import Answers, Comparison, LoadItems, Measured, compare
 from prunebench.results.ranks import RankInterval, rank
 from prunebench.results.statistics import Difference
 
@@ -27,7 +28,7 @@ class Row:
     change: float | None
     """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
     control: float | None
-    """Relative change of the mean against the dense model after the same training, or None without such a run."""
+    """The mean of the dense model after the same training, or None without such a run."""
     tuned: str | None
     """The suite in which options were chosen."""
     extra_parameters: int
@@ -96,26 +97,27 @@ class RowBuilder:
     def ranked(
         self, rows: Sequence[Row], entries: Sequence[Measured], higher_is_better: bool
     ) -> tuple[list[Row], float | None]:
-        """The rows with their ranks among each other, and the smallest true difference that a test of two of them would have
-        shown with 80% power, the median over pairs; without both, where two rows cannot be compared."""
-        if len(rows) < 2 or any(math.isnan(row.mean) for row in rows):  # a set without a mean has no order
+        """The rows with their ranks among each other, and the smallest true difference of two of them that would have shown
+        with 80% power after correction for all pairs (Bonferroni's level, of which Holm's is the least), the median over pairs.
+
+        A row that cannot be compared with the others has no rank and takes no part; without two that can there are none.
+        """
+        found: dict[tuple[str, str], Comparison] = {}
+        names = [row.method for row in rows if not math.isnan(row.mean)]  # a set without a mean has no order
+        answers = {name: self._of(by_seed([e for e in entries if e.record.spec.method == name])) for name in names}
+        for first, second in combinations(names, 2):
+            one, other = answers[first], answers[second]
+            compared = compare(one, other) if one and other else None
+            if compared is not None:
+                found[first, second] = compared
+        while len(found) < math.comb(len(names), 2):  # leave out who stands beside the fewest
+            names.remove(min(names, key=lambda name: sum(name in pair for pair in found)))
+            found = {pair: compared for pair, compared in found.items() if set(pair) <= set(names)}
+        if len(names) < 2:
             return list(rows), None
-        answers = {}
-        for row in rows:
-            answers[row.method] = self._of(by_seed([e for e in entries if e.record.spec.method == row.method]))
-        names = [row.method for row in rows]
-        differences: dict[tuple[str, str], Difference] = {}
-        detectable = []
-        for index, first in enumerate(names):
-            for second in names[index + 1 :]:
-                one, other = answers[first], answers[second]
-                found = compare(one, other) if one and other else None
-                if found is None:
-                    return list(rows), None
-                differences[first, second] = found.new_items
-                detectable.append(found.detectable)
-        ranks = rank(names, differences, higher_is_better).ranks
-        return [replace(row, rank=ranks[row.method]) for row in rows], statistics.median(detectable)
+        ranks = rank(names, {pair: compared.new_items for pair, compared in found.items()}, higher_is_better).ranks
+        shown = statistics.median(compared.detectable(1 - 0.05 / len(found)) for compared in found.values())
+        return [replace(row, rank=ranks.get(row.method)) for row in rows], shown
 
     def _of(self, row: Sequence[Measured]) -> Answers | None:
         key = tuple(measured.record.id for measured in row)
@@ -151,7 +153,7 @@ class RowBuilder:
                 if all(part in entry.score.parts for entry in entries)
             },
             change=None if not self._baseline or is_baseline else mean / self._baseline - 1,
-            control=None if not control or dense else mean / statistics.fmean(control) - 1,
+            control=None if not control or dense else statistics.fmean(control),
             tuned=next((record.provenance.tuned for record in records if record.provenance.tuned), None),
             extra_parameters=max(record.extra_parameters for record in records),
             prune_seconds=statistics.fmean(record.prune_seconds for record in records),

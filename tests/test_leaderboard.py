@@ -432,6 +432,14 @@ def test_one_outdated_step_is_enough() -> None:
     assert "## Outdated runs\n\n* tiny, magnitude + perp[subset=norms] at 0.5" in text
 
 
+def test_an_outdated_evaluation_makes_a_record_outdated_too() -> None:
+    record = make_record()
+    [evaluation] = {str(spec.conditions["eval"]) for spec in record.spec.evals}
+    found = build_board(stored(record), {f"eval {evaluation}": 2})
+    assert (found.sections, found.outdated) == ((), (record,))
+    assert build_board(stored(record), {f"eval {evaluation}": 1, "eval other": 5}).outdated == ()
+
+
 def test_outdated_refusals_are_no_refusals() -> None:
     text = page(make_record(status="refused"), make_record(make_spec(seed=1), status="failed"), wanda=2)
     assert "Refused" not in text
@@ -540,7 +548,7 @@ needs_records = pytest.mark.skipif(not COMMITTED, reason="no records are committ
 
 @needs_records
 def test_the_committed_page_is_what_the_committed_records_give() -> None:
-    revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
+    revisions = load_registry().revisions()
     store = ResultStore(RESULTS, pytest.fail)
     latest = store.latest()
     placed = beside(load_published(RESULTS / "published"), [item.record for item in latest])

@@ -72,6 +72,11 @@ class Registry:
         """Pruners with their options, for listings."""
         return {name: _describe(entry) for name, entry in sorted(self.pruners.items())}
 
+    def revisions(self) -> dict[str, int]:
+        """The present revisions of pruners by name, and of evaluations by `eval NAME`."""
+        pruners = {name: entry.cls.revision for name, entry in self.pruners.items()}
+        return pruners | {f"eval {name}": entry.cls.revision for name, entry in self.evals.items()}
+
     def describe_evals(self) -> dict[str, JsonDict]:
         """Evaluations with their options, for listings."""
         return {name: _describe(entry) for name, entry in sorted(self.evals.items())}

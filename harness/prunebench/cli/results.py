@@ -100,7 +100,7 @@ def report(
     from prunebench.results.published import load_published
     from prunebench.show import draw_board, print_board
 
-    revisions = {name: entry.cls.revision for name, entry in load_registry().pruners.items()}
+    revisions = load_registry().revisions()
     store = open_store(results)
     latest = store.latest()
     whole = build_board(latest, revisions, store.items)

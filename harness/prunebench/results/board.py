@@ -122,7 +122,8 @@ def build_board(
 
     Args:
         stored: records, as `ResultStore.latest` gives them.
-        revisions: the present revisions of pruners; records of another revision are outdated and stand in no table.
+        revisions: the present revisions of pruners by name and of evaluations by `eval NAME`; records of another revision are
+            outdated and stand in no table.
         load: gives raw answers, `ResultStore.items`; without it those that are in the records.
     """
     records = [item.record for item in sorted(stored, key=lambda item: item.path)]
@@ -213,6 +214,7 @@ def _training(entry: Measured) -> str:
 
 def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
     names = [(step.text.partition("[")[0], step.revision) for step in record.spec.steps]
+    names += [(f"eval {spec.conditions.get('eval')}", spec.revision) for spec in record.spec.evals]
     return any(revisions.get(name, revision) != revision for name, revision in names)
 
 

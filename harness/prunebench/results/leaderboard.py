@@ -202,7 +202,8 @@ seeds: `rank` counts who is significantly better and who significantly worse aft
 (5%), so rows that share ranks cannot be told apart by this text. Bold: nobody is significantly better. The estimand is *these
 seeds, new text* (documents, or questions within their subjects, are resampled); it says nothing of other calibration seeds,
 whose spread stands behind the ±. `vs dense` gives the paired difference with its 95% interval, of perplexities in per cent, of
-accuracies in points. A row's mean is over all its seeds, a comparison over those that both rows have. `flips %`: questions that went from right to wrong / from wrong to right against dense.
+accuracies in points. A row's mean is over all its seeds, a comparison over those that both rows have. `flips %`: questions that
+went from right to wrong / from wrong to right against dense.
 
 Options that differ from a method's defaults are written out; `(tuned)` says that they were chosen on validation text, by the
 records of a suite that are kept too. What was retrained on text has tables of its own: on top the dense model, and the dense

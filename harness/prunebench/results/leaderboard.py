@@ -66,7 +66,11 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         f"{method} (tuned)" if row.tuned else method,
         _value(section, row),
         _versus(section, row),
-        *([_against(section, row, row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""] if table.training else []),
+        *(
+            [_against(section, row, row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""]
+            if table.training
+            else []
+        ),
         *([flips] if section.asks_questions else []),
         *(_part(section, row, part) for part in section.parts),
         row.seeds_shown,

@@ -109,7 +109,7 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
     """Two rows, score by score."""
     tested = sum(contest.corrected is not None for contest in contests)
     for contest in contests:
-        share, exponential = contest.score.unit == "accuracy", bool(contest.score.sample and contest.score.sample.exponential)
+        share, exponential = contest.score.is_share, contest.score.is_ratio
         console.print(f"\n[bold]{escape(contest.name)}[/]")
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunebench.results.comparison import LoadItems, Measured
-from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, eval_revision, fingerprint
+from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
 
@@ -38,6 +38,10 @@ class Section:
     machine: str
     score: str
     unit: str
+    is_share: bool
+    """Whether values are shares, shown as percentages."""
+    is_ratio: bool
+    """Whether values are compared by their ratio, as perplexities are."""
     conditions: Mapping[str, Any]
     sample: SampleRecord | None
     recipe: Recipe | None
@@ -55,19 +59,9 @@ class Section:
         return f"{self.model}: {self.conditions.get('eval', self.score)} on {self.data}{window}"
 
     @property
-    def is_share(self) -> bool:
-        """Whether values are shares, shown as percentages."""
-        return self.unit == "accuracy"
-
-    @property
     def asks_questions(self) -> bool:
         """Whether items are questions, whose answers can flip."""
         return self.sample is not None and self.sample.strata is not None
-
-    @property
-    def is_ratio(self) -> bool:
-        """Whether values are compared by their ratio, as perplexities are."""
-        return self.sample is not None and self.sample.exponential
 
     @property
     def shows_costs(self) -> bool:
@@ -133,9 +127,9 @@ def build_board(
     for record in present:
         if record.status == "ok":
             for name, score in record.scores.items():
-                measured = {"conditions": dict(score.conditions), "revision": eval_revision(record, score)}
-                key = (record.machine, record.spec.model.name, fingerprint(measured))
-                buckets.setdefault(key, []).append(Measured(record, name, score))
+                measured = Measured(record, name, score)
+                key = (record.machine, record.spec.model.name, measured.measurement)
+                buckets.setdefault(key, []).append(measured)
     sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load)]
     by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
     return Board(
@@ -151,10 +145,10 @@ def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
     recipes: dict[str, Recipe] = {}
     keys = []
     for entry in entries:
-        calibration = entry.record.spec.recipe.model_copy(update={"training": None, "training_tokens": None})
-        keys.append(fingerprint(calibration) if calibration.calibration else None)
-        if keys[-1]:
-            recipes[keys[-1]] = calibration
+        calibration = entry.record.spec.recipe.of_calibration
+        keys.append(fingerprint(calibration) if calibration else None)
+        if calibration:
+            recipes[fingerprint(calibration)] = calibration
     found = []
     for key in sorted(recipes) or [""]:
         members = [entry for entry, own in zip(entries, keys, strict=True) if own in (None, key)]
@@ -185,7 +179,7 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         mine = [e for e in entries if _training(e) == training and e.record.spec.target != DENSE]
         for target in sorted({e.record.spec.target for e in mine}, key=_target_order) or [DENSE]:
             at_target = [e for e in mine if e.record.spec.target == target]
-            rows, detectable = builder.ranked(builder.rows(at_target, controls), at_target, higher)
+            rows, detectable = builder.ranked(builder.rows(at_target, controls), higher)
             rows.sort(key=lambda row: (-row.mean if higher else row.mean, row.method))
             tables.append(Table(target, (*builder.rows(top, {}), *rows), trainings[training], detectable))
     first = entries[0]
@@ -194,6 +188,8 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         machine=first.record.machine,
         score=first.name,
         unit=first.score.unit,
+        is_share=first.score.is_share,
+        is_ratio=first.score.is_ratio,
         conditions=first.score.conditions,
         sample=first.score.sample,
         recipe=recipe,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prunebench.results.accuracy import Flips, covers_chance, macro_accuracy_interval, mcnemar
 from prunebench.results.items import Columns
-from prunebench.results.records import RunRecord, ScoreRecord
+from prunebench.results.records import RunRecord, ScoreRecord, eval_revision, fingerprint
 from prunebench.results.resampling import Floats, Items, equal_weights, macro_weights
 from prunebench.results.statistics import Difference, new_items, new_seeds_too, smallest_detectable
 
@@ -28,6 +28,11 @@ class Measured:
     record: RunRecord
     name: str
     score: ScoreRecord
+
+    @property
+    def measurement(self) -> str:
+        """The fingerprint of how it was measured: the conditions, and the revision of the evaluation."""
+        return fingerprint({"conditions": dict(self.score.conditions), "revision": eval_revision(self.record, self.score)})
 
 
 @dataclass(frozen=True, eq=False)

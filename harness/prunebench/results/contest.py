@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from prunebench.results.comparison import Answers, Comparison, LoadItems, Measured, compare
 from prunebench.results.ranks import holm
-from prunebench.results.records import RunRecord, ScoreRecord, eval_revision, fingerprint
-from prunebench.results.rows import by_seed
+from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
+from prunebench.results.rows import by_seed, seed_order
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def row_of(record: RunRecord, records: Iterable[RunRecord]) -> list[RunRecord]:
     seed every run, since one may have measured what another did not."""
     key = row_key(record)
     found = [other for other in records if other.status == "ok" and row_key(other) == key]
-    return sorted(found, key=lambda other: -1 if other.spec.seed is None else other.spec.seed)
+    return sorted(found, key=seed_order)
 
 
 def contests(first: Sequence[RunRecord], second: Sequence[RunRecord], load: LoadItems) -> list[Contest]:
@@ -55,9 +55,9 @@ def _scores(row: Sequence[RunRecord]) -> dict[str, list[Measured]]:
     found: dict[str, dict[int | None, Measured]] = {}
     for record in sorted(row, key=lambda record: (record.provenance.started, record.id)):
         for name, score in record.scores.items():
-            key = fingerprint({"conditions": dict(score.conditions), "revision": eval_revision(record, score)})
-            found.setdefault(key, {})[record.spec.seed] = Measured(record, name, score)
-    return {key: by_seed(list(measured.values())) for key, measured in found.items()}
+            measured = Measured(record, name, score)
+            found.setdefault(measured.measurement, {})[record.spec.seed] = measured
+    return {key: by_seed(list(seeds.values())) for key, seeds in found.items()}
 
 
 def row_key(record: RunRecord) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunebench.results.comparison import Measured
-from prunebench.results.records import Recipe, RunRecord, eval_revision, fingerprint
+from prunebench.results.records import RunRecord, eval_revision, fingerprint
 
 ELSEWHERE = ("origin", "complete")
 """Where a text came from; equal content is what counts."""
@@ -63,9 +63,9 @@ def _points(first: Measured, second: Measured) -> Iterator[Point]:
     revisions = eval_revision(mine, first.score), eval_revision(theirs, second.score)
     if revisions[0] != revisions[1]:
         yield Point("revision", str(revisions[0]), str(revisions[1]), "the evaluation was changed in between")
-    recipes = [_calibration(record) for record in (mine, theirs)]
-    if all(recipe is not None for recipe in recipes):
-        dumped = [recipe.model_dump(mode="json") for recipe in recipes if recipe is not None]
+    given = [record.spec.recipe.of_calibration for record in (mine, theirs)]
+    if given[0] and given[1]:
+        dumped = [recipe.model_dump(mode="json") for recipe in given if recipe]
         yield from _differing("recipe", dumped[0], dumped[1], "the methods were given other calibration text")
     trained = [_training(record) for record in (mine, theirs)]
     if trained[0] != trained[1]:
@@ -80,12 +80,6 @@ def _points(first: Measured, second: Measured) -> Iterator[Point]:
     seeds = ["none" if record.spec.seed is None else str(record.spec.seed) for record in (mine, theirs)]
     if seeds[0] != seeds[1]:
         yield Point("seed", seeds[0], seeds[1], None)
-
-
-def _calibration(record: RunRecord) -> Recipe | None:
-    """The recipe without training, or None for a method without calibration, which matches any."""
-    recipe = record.spec.recipe
-    return recipe.model_copy(update={"training": None, "training_tokens": None}) if recipe.calibration else None
 
 
 def _training(record: RunRecord) -> str | None:

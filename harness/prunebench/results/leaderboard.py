@@ -94,7 +94,7 @@ def _part(section: Section, row: Row, part: str) -> str:
 def _versus(section: Section, row: Row) -> str:
     """The difference from dense with its interval: of perplexities relative, of shares in points."""
     if row.versus is None:
-        return _against(section, row, None if row.change is None else row.mean / (1 + row.change))
+        return _against(section, row, row.dense)
     return difference_text(row.versus, section.is_ratio, section.is_share)
 
 

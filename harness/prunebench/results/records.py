@@ -68,6 +68,11 @@ class Recipe(_Frozen):
     training: TextSpec | None = None
     training_tokens: int | None = None
 
+    @property
+    def of_calibration(self) -> Recipe | None:
+        """Without training; None where nothing was calibrated, which matches any."""
+        return self.model_copy(update={"training": None, "training_tokens": None}) if self.calibration else None
+
 
 class EvalSpec(_Frozen):
     """An evaluation and the conditions it measures under."""
@@ -172,6 +177,16 @@ class ScoreRecord(_Frozen):
     items: dict[str, list[float | int | str]] = Field(description="columns of equal length; empty where `items_file` has them")
     items_file: str | None = Field(default=None, description="the file beside the record that keeps the items, as Parquet")
     items_hash: str | None = Field(default=None, description="SHA-256 of that file")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the value is a share, shown as a percentage."""
+        return self.unit == "accuracy"
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether values are compared by their ratio, as perplexities are."""
+        return self.sample is not None and self.sample.exponential
 
 
 class Provenance(_Frozen):

@@ -11,6 +11,7 @@ from itertools import combinations
 from prunebench.errors import StoreError
 from prunebench.results.comparison import Answers, Comparison, LoadItems, Measured, compare
 from prunebench.results.ranks import RankInterval, rank
+from prunebench.results.records import RunRecord
 from prunebench.results.statistics import Difference
 
 DENSE = "dense"
@@ -25,8 +26,8 @@ class Row:
     seeds: tuple[int | None, ...]
     parts: Mapping[str, float]
     """Further numbers, means over seeds."""
-    change: float | None
-    """Relative change of the mean against dense, or None without a dense run, or where that is zero."""
+    dense: float | None
+    """The dense model's value, or None without such a run, and for that run itself."""
     control: float | None
     """The mean of the dense model after the same training, or None without such a run."""
     tuned: str | None
@@ -73,7 +74,8 @@ class RowBuilder:
         """Raw answers that are gone, or not those of their record, and why."""
         self._answers: dict[tuple[str, ...], Answers | None] = {}
         own = [measured for measured in dense if measured.record.spec.method == DENSE]
-        self._baseline = value_of(own[0]) if own else None
+        self.baseline = value_of(own[0]) if own else None
+        """The dense model's value."""
         self._dense = self._of(own) if own else None
 
     def rows(self, entries: Sequence[Measured], controls: Mapping[str, Sequence[float]]) -> list[Row]:
@@ -89,22 +91,15 @@ class RowBuilder:
         methods = sorted(by_method, key=lambda method: (method != DENSE, method))
         return [self._row(method, by_seed(by_method[method]), controls) for method in methods]
 
-    @property
-    def baseline(self) -> float | None:
-        """The dense model's value."""
-        return self._baseline
-
-    def ranked(
-        self, rows: Sequence[Row], entries: Sequence[Measured], higher_is_better: bool
-    ) -> tuple[list[Row], float | None]:
+    def ranked(self, rows: Sequence[Row], higher_is_better: bool) -> tuple[list[Row], float | None]:
         """The rows with their ranks among each other, and the smallest true difference of two of them that would have shown
         with 80% power after correction for all pairs (Bonferroni's level, of which Holm's is the least), the median over pairs.
 
         A row that cannot be compared with the others has no rank and takes no part; without two that can there are none.
         """
         found: dict[tuple[str, str], Comparison] = {}
-        names = [row.method for row in rows if not math.isnan(row.mean)]  # a set without a mean has no order
-        answers = {name: self._of(by_seed([e for e in entries if e.record.spec.method == name])) for name in names}
+        answers = {row.method: self._answers[row.ids] for row in rows if not math.isnan(row.mean)}  # no mean, no order
+        names = list(answers)
         for first, second in combinations(names, 2):
             one, other = answers[first], answers[second]
             compared = compare(one, other) if one and other else None
@@ -134,15 +129,16 @@ class RowBuilder:
         values = tuple(value_of(entry) for entry in entries)
         audits = [record.audit for record in records if record.audit is not None]
         peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
-        mean, dense = statistics.fmean(values), records[0].spec.target == DENSE
+        mean, unpruned = statistics.fmean(values), records[0].spec.target == DENSE
         # `dense + perp[...]` is the control of `wanda + perp[...]`.
         later = [step.text for step in records[0].spec.steps[1:]]
         control = controls.get(" + ".join([DENSE, *later])) if later else None
         answers = self._of(entries)
         whole = not math.isnan(mean)  # what has no mean has no difference of means either
-        is_baseline = dense and method == DENSE
+        is_baseline = unpruned and method == DENSE
         versus = compare(answers, self._dense) if answers and self._dense and whole and not is_baseline else None
-        back = compare(self._dense, answers) if versus and answers and self._dense and answers.are_right_or_wrong else None
+        # From dense to the row, and not from the row to dense.
+        flipped = versus.flipped[::-1] if versus and answers and answers.are_right_or_wrong else None
         return Row(
             method=method,
             values=values,
@@ -152,8 +148,8 @@ class RowBuilder:
                 for part in entries[0].score.parts
                 if all(part in entry.score.parts for entry in entries)
             },
-            change=None if not self._baseline or is_baseline else mean / self._baseline - 1,
-            control=None if not control or dense else statistics.fmean(control),
+            dense=None if is_baseline else self.baseline,
+            control=None if not control or unpruned else statistics.fmean(control),
             tuned=next((record.provenance.tuned for record in records if record.provenance.tuned), None),
             extra_parameters=max(record.extra_parameters for record in records),
             prune_seconds=statistics.fmean(record.prune_seconds for record in records),
@@ -164,14 +160,19 @@ class RowBuilder:
             shared_machine=any(record.provenance.shared_machine for record in records),
             ids=tuple(record.id for record in records),
             versus=versus.new_items if versus else None,
-            flipped=back.flipped if back else None,
+            flipped=flipped,
             guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
         )
 
 
 def by_seed(entries: Sequence[Measured]) -> list[Measured]:
     """In the order of their seeds."""
-    return sorted(entries, key=lambda entry: -1 if entry.record.spec.seed is None else entry.record.spec.seed)
+    return sorted(entries, key=lambda entry: seed_order(entry.record))
+
+
+def seed_order(record: RunRecord) -> int:
+    """A key that puts runs in the order of their seeds, those without one first."""
+    return -1 if record.spec.seed is None else record.spec.seed
 
 
 def value_of(entry: Measured) -> float:

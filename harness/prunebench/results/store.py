@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from prunebench.errors import StoreError
 from prunebench.results.files import write_aside
-from prunebench.results.items import apart, read_items
+from prunebench.results.items import Columns, apart, read_items
 from prunebench.results.records import SCHEMA, RunRecord, ScoreRecord, checksum, slug, upgraded
 
 MAX_RECORD_BYTES = 64 << 20
@@ -93,7 +93,7 @@ class ResultStore:
         Raises:
             StoreError: it cannot be written.
         """
-        folder = self.folder / slug(record.machine) / slug(record.spec.model.name)
+        folder = self._folder_of(record)
         try:
             record, files = apart(record)
             for name, content in files.items():
@@ -106,13 +106,13 @@ class ResultStore:
         except OSError as error:
             raise StoreError(f"the record {record.id} cannot be written to {folder}: {error.strerror}.") from error
 
-    def items(self, record: RunRecord, score: ScoreRecord) -> dict[str, list[float | int | str]]:
+    def items(self, record: RunRecord, score: ScoreRecord) -> Columns:
         """A score's raw answers as columns, from the record or from the file beside it.
 
         Raises:
             StoreError: the file is missing, or not the one the record was written with.
         """
-        return read_items(self.folder / slug(record.machine) / slug(record.spec.model.name), score)
+        return read_items(self._folder_of(record), score)
 
     @contextmanager
     def claim(self, machine: str, run_id: str, wait: bool) -> Iterator[bool]:
@@ -133,6 +133,9 @@ class ResultStore:
             yield True
         finally:
             lock.release()
+
+    def _folder_of(self, record: RunRecord) -> Path:
+        return self.folder / slug(record.machine) / slug(record.spec.model.name)
 
     def _settle(self, written: Path, folder: Path, stem: str) -> Path:
         for attempt in range(1, 10_000):

@@ -216,6 +216,22 @@ def test_sequences_as_long_as_the_model_takes(folder: Path) -> None:
     assert "at least 2 tokens (0 is the model's context)" in complaint(folder, edited("length = 16", "length = 1"))
 
 
+def test_models_of_one_tokenizer_get_sequences_of_their_own_length(folder: Path) -> None:
+    shutil.copytree(folder / "tiny", folder / "short")
+    config = json.loads((folder / "short" / "config.json").read_text())
+    (folder / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    both = edited("length = 16", "length = 0").replace("[calibration]", '[[model]]\npath = "short"\n\n[calibration]', 1)
+    retrained = both.replace('steps = ["wanda", "random"]', 'steps = ["wanda", "perp[steps=1,batch=1]"]')
+    requests = Planner(load_suite(written(folder, retrained)), load_registry(), "here", "", "cpu").requests()
+    lengths = {}
+    for request in requests:
+        for name, tokens in request.tokens.items():
+            if tokens is not None:
+                lengths[request.spec.model.name, name] = tokens.shape[1]
+    names = ("calibration", "training", "validation")
+    assert lengths == {(model, name): length for model, length in (("tiny", 64), ("short", 32)) for name in names}
+
+
 def test_text_that_was_trained_on_is_found_in_the_evaluation(folder: Path) -> None:
     retrained = edited('steps = ["wanda", "random"]', 'steps = ["magnitude", "perp[steps=1,batch=1]"]').replace(
         "tokens = 640", "tokens = 100000"

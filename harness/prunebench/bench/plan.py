@@ -172,7 +172,7 @@ class Planner:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
         length = sequence_length(asked, _context(identity))
         self._check_context(identity, 0 if is_file else length, "calibration")
-        key = ("calibration", identity.tokenizer_hash, str(seed), asked.model_dump_json())
+        key = ("calibration", identity.tokenizer_hash, str(seed), str(length), asked.model_dump_json())
         if key not in self._tokens:
             vocabulary = identity.vocabulary()
             self._tokens[key] = calibration_tokens(asked.source, vocabulary, asked.samples, length, seed, self.suite.folder)
@@ -185,7 +185,7 @@ class Planner:
             raise DataError(f"{kind} sequences of {length} tokens are longer than the model's context of {context}.")
 
     def _packed(self, identity: ModelIdentity, source: str, split: str, length: int, tokens: int | None) -> Tokens:
-        key = ("packed", identity.tokenizer_hash, source, split)
+        key = ("packed", identity.tokenizer_hash, source, split, str(length))
         if key not in self._tokens:
             self._tokens[key] = packed_windows(source, split, identity.vocabulary(), length, tokens, self.suite.folder)
         return self._tokens[key]

@@ -327,7 +327,6 @@ def _stock() -> task_index.TaskIndex:
 @pytest.fixture
 def stock(_stock: task_index.TaskIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_index, "stock_index", lambda: _stock)
-    monkeypatch.setattr(lm_tasks, "stock_index", lambda: _stock)
 
 
 def arc(rows: int, seed: int = 0) -> list[dict[str, Any]]:

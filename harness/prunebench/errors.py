@@ -54,6 +54,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of somebody else's says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class OptionError(RequestError):
     """An option that does not parse, or whose value does not fit its type."""
 

@@ -29,7 +29,6 @@ from prunebench.results.records import ModelSpec, Recipe, RunRecord, RunSpec, Sc
 from prunebench.spec import Progress
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
-from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.loading import ALLOWABLE, DTYPES, identify, load_model, resolve_model
 
 
@@ -141,14 +140,10 @@ def evaluate_model(
 def _prune_request(options: PruneOptions) -> RunRequest:
     device = pick_device(options.device)
     entry = _model_entry(options.model, _checked_dtype(options.dtype), options.revision, _checked_allowed(options.allowed))
-    source = resolve_model(entry.name, [Path(), suites_folder()], entry.revision, frozenset(entry.allow))
-    context = getattr(identify(source).config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH)
     suite = Suite(
         suite=SuiteHead(name="prune"),
         model=(entry,),
-        calibration=Calibration(
-            source=options.calibration, samples=options.samples, length=options.length or min(context, DEFAULT_LENGTH)
-        ),
+        calibration=Calibration(source=options.calibration, samples=options.samples, length=options.length or 0),
         training=Training(source=options.training, tokens=options.training_tokens) if options.training else None,
         method=(MethodEntry(steps=options.steps),),
         grid=Grid(targets=(options.target,), seeds=(options.seed,)),

@@ -29,7 +29,7 @@ from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, RunSpec
 from prunebench.spec import Needs
 from prunebench.targets import parse_target
-from prunebench.toolkit.calibration import DEFAULT_LENGTH, TokenArray, Tokens, calibration_tokens, packed_windows
+from prunebench.toolkit.calibration import TokenArray, Tokens, calibration_tokens, context_of, packed_windows
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
 
 
@@ -158,7 +158,7 @@ class Planner:
 
     def _run_tokens(self, method: Method, identity: ModelIdentity, seed: int) -> RunTokens:
         calibration = training = validation = None
-        length = sequence_length(self.suite.calibration, _context(identity))
+        length = sequence_length(self.suite.calibration, context_of(identity.config))
         if method.needs & CALIBRATED and method.calibration:
             calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
@@ -170,7 +170,7 @@ class Planner:
 
     def _calibration(self, asked: Calibration, identity: ModelIdentity, seed: int) -> Tokens:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
-        length = sequence_length(asked, _context(identity))
+        length = sequence_length(asked, context_of(identity.config))
         self._check_context(identity, 0 if is_file else length, "calibration")
         key = ("calibration", identity.tokenizer_hash, str(seed), str(length), asked.model_dump_json())
         if key not in self._tokens:
@@ -206,10 +206,6 @@ class Planner:
             batch_size=limits.batch_size,
             timeout=limits.timeout,
         )
-
-
-def _context(identity: ModelIdentity) -> int:
-    return int(getattr(identity.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
 
 
 def _check_texts(tokens: RunTokens, evals: tuple[EvalSpec, ...]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from prunebench.errors import DataError
 from prunebench.toolkit.cache import digest, digest_array, digest_file, load_arrays, save_arrays
@@ -22,6 +22,7 @@ SAMPLER = "documents-v1"
 """The sampler of `methods.md` 1.2; part of a run's recipe."""
 
 DEFAULT_LENGTH = 2048
+"""Tokens of a sequence where nothing else is said, and the context of a model that does not state one."""
 
 TokenArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -45,6 +46,11 @@ class Stream:
     source: Source
     window: int | None = None
     """Tokens a window, where the file holds windows."""
+
+
+def context_of(config: PretrainedConfig) -> int:
+    """The longest sequence that a model takes."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
 
 
 class Vocabulary:

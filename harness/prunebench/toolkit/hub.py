@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from prunebench.errors import DataError, ModelError
+from prunebench.errors import DataError, ModelError, first_line
 
 SECONDS = 10.0
 """How long an answer may take."""
@@ -115,7 +115,7 @@ def data_download(repo: str, parts: Iterable[tuple[str, str | None]]) -> Downloa
         return Download("data set", name, None)
     except Exception as error:  # noqa: BLE001 - as above
         raise DataError(
-            f"the Hub cannot be asked for the data set {repo}: {_reason(error)}. "
+            f"the Hub cannot be asked for the data set {repo}: {first_line(error)}. "
             "Without a network set PRUNEBENCH_MIRROR to a folder that holds it."
         ) from None
     files = {file.rfilename: file.size for file in found.siblings or ()}
@@ -141,11 +141,7 @@ def refusal(name: str, revision: str, error: Exception) -> str:
             f"the Hub does not give you the model {name} (gated, private or misspelt). "
             f"Accept its licence at https://huggingface.co/{name} and log in with `hf auth login`."
         )
-    return f"the model {name} at {revision} cannot be had from the Hub: {_reason(error)}"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the model {name} at {revision} cannot be had from the Hub: {first_line(error)}"
 
 
 def _total(sizes: Iterable[int | None]) -> int | None:

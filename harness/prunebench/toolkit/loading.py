@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prunebench.errors import ModelError, Refused
+from prunebench.errors import ModelError, Refused, first_line
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
-from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary
+from prunebench.toolkit.calibration import Vocabulary, context_of
 from prunebench.toolkit.hub import model_patterns, pinned, refusal
 
 Allowed = frozenset[str]
@@ -165,7 +165,7 @@ def shape_of(source: ModelSource) -> ModelShape:
         layers=int(settings.num_hidden_layers),
         hidden=int(settings.hidden_size),
         vocabulary=int(settings.vocab_size),
-        context=int(getattr(settings, "max_position_embeddings", DEFAULT_LENGTH)),
+        context=context_of(config),
     )
 
 
@@ -186,8 +186,7 @@ def _readable(source: ModelSource) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # settings that do not fit raise one of many kinds, down to ZeroDivisionError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.name} cannot be read as a causal language model: {reason}") from error
+        raise ModelError(f"{source.name} cannot be read as a causal language model: {first_line(error)}") from error
 
 
 def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
@@ -207,8 +206,7 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except Exception as error:  # a cut or foreign file raises one of many kinds, down to safetensors' own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the weights of {source.name} cannot be loaded: {reason}") from error
+        raise ModelError(f"the weights of {source.name} cannot be loaded: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     if info["missing_keys"]:

@@ -16,7 +16,7 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
-from prunebench.errors import DataError, UnknownNameError
+from prunebench.errors import DataError, UnknownNameError, first_line
 from prunebench.toolkit.cache import digest
 
 _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
@@ -229,9 +229,8 @@ def _from_hub(repo: str, config: str, split: str, shard: str | None) -> list[str
             else:
                 table = datasets.load_dataset(repo, None if config == "default" else config, split=split)
     except Exception as error:  # noqa: BLE001 - the hub's client raises dozens of kinds, all of which mean: not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"the data set {repo} ({config}, {split}) cannot be loaded from the Hub: {reason}. "
+            f"the data set {repo} ({config}, {split}) cannot be loaded from the Hub: {first_line(error)}. "
             "Without a network set PRUNEBENCH_MIRROR to a folder that holds it."
         ) from None
     return _text_column(table, repo)

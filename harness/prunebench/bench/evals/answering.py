@@ -15,7 +15,7 @@ from prunebench.bench.evals.questions import Question
 from prunebench.bench.evals.windows import MAX_LOGITS
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob
-from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary, context_of
 from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import paying_batch
 
@@ -44,7 +44,7 @@ class Reader:
     def __init__(self, facts: EvalFacts) -> None:
         config = facts.config.get_text_config()
         self.size = int(config.vocab_size)
-        self.context = int(getattr(config, "max_position_embeddings", DEFAULT_LENGTH))
+        self.context = context_of(config)
         self._vocabulary = Vocabulary(facts.tokenizer, facts.tokenizer_hash, self.size)
         self._tokenizer: Any = facts.tokenizer
         ends = getattr(config, "eos_token_id", None)

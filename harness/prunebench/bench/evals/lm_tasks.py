@@ -22,11 +22,11 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from prunebench.bench.evals.task_index import SETS, TaskIndex, file_index, local_files, read_rows, stock_index
-from prunebench.errors import DataError, OptionError, UnknownNameError
+from prunebench.bench.evals.task_index import SETS, TaskIndex, find_definitions, local_files, read_rows
+from prunebench.errors import DataError, OptionError, first_line
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
-from prunebench.toolkit.texts import mirror, resolve_file
+from prunebench.toolkit.texts import mirror
 
 ANSWERED = ("multiple_choice", "loglikelihood")
 
@@ -102,14 +102,7 @@ def load_tasks(asked: str, shots: int, folder: Path) -> TaskSet:
         OptionError: a task is not answered by likelihood, asked twice, or never asked with examples.
     """
     with quiet():
-        if asked.endswith(".yaml"):
-            index, names = file_index(resolve_file(asked, folder))
-        else:
-            index = stock_index()
-            names = list(SETS.get(asked) or asked.split("+"))
-            for name in names:
-                if name not in index.entries:
-                    raise UnknownNameError.among("task", name, [*SETS, *index.entries])
+        index, names = find_definitions(asked, folder)
         members, missing = [], {}
         for name in names:
             try:
@@ -178,7 +171,7 @@ def _built(index: TaskIndex, name: str, shots: int) -> dict[str, Task]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - the Hub's client and strangers' definitions raise dozens of kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         where = "" if all("custom_dataset" in spec for spec in specs) else _WITHOUT_NETWORK
         raise DataError(f"the task {name} cannot be loaded: {type(error).__name__}: {reason}.{where}") from None
     for leaf, task in loaded.items():

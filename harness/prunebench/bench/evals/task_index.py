@@ -57,14 +57,24 @@ def data_of(asked: str, folder: Path) -> dict[str, list[str]]:
         UnknownNameError: there is no such task.
         DataError: a file defines none.
     """
+    index, names = find_definitions(asked, folder)
+    return {name: [str(index.entries[leaf]["data"]) for leaf in index.leaves(name)] for name in names}
+
+
+def find_definitions(asked: str, folder: Path) -> tuple[TaskIndex, list[str]]:
+    """Where the definitions of a request are, and the names asked for: tasks and groups.
+
+    Raises:
+        UnknownNameError: there is no such task.
+        DataError: a file defines none.
+    """
     if asked.endswith(".yaml"):
-        index, names = file_index(resolve_file(asked, folder))
-    else:
-        index, names = stock_index(), list(SETS.get(asked) or asked.split("+"))
+        return file_index(resolve_file(asked, folder))
+    index, names = stock_index(), list(SETS.get(asked) or asked.split("+"))
     for name in names:
         if name not in index.entries:
             raise UnknownNameError.among("task", name, [*SETS, *index.entries])
-    return {name: [str(index.entries[leaf]["data"]) for leaf in index.leaves(name)] for name in names}
+    return index, names
 
 
 def lm_eval_version() -> str:
@@ -154,11 +164,9 @@ def data_key(asked: str, folder: Path) -> str | None:
         if asked.endswith(".yaml"):
             places = _places_of_file(resolve_file(asked, folder))
         else:
-            index = stock_index()
-            leaves = [leaf for name in SETS.get(asked) or asked.split("+") for leaf in index.leaves(name)]
-            places = _places([index.entries[leaf]["data"] for leaf in leaves])
+            places = _places(data for found in data_of(asked, folder).values() for data in found)
         contents = None if places is None else [f"{name} {digest_file(file)}" for name, file in places]
-    except (KeyError, DataError, OSError, ValueError, yaml.YAMLError):  # said when the tasks are loaded
+    except (UnknownNameError, DataError, OSError, ValueError, yaml.YAMLError):  # said when the tasks are loaded
         return None
     return digest([lm_eval_version(), *contents]) if contents is not None else None
 

@@ -15,7 +15,7 @@ import torch
 from prunebench.errors import DataError, OptionError
 from prunebench.spec import Eval, EvalFacts, EvalJob, JsonDict, option
 from prunebench.toolkit.cache import digest_array
-from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, stream_file, token_stream
+from prunebench.toolkit.calibration import DEFAULT_LENGTH, Stream, Vocabulary, context_of, stream_file, token_stream
 from prunebench.toolkit.placement import paying_batch
 from prunebench.toolkit.texts import KNOWN, load_text
 
@@ -97,7 +97,7 @@ class WindowEval(Eval):
         return token_stream(text, vocabulary, C4_ROWS if is_c4 else None), repr(text.joining)
 
     def _window(self, facts: EvalFacts, stream: Stream) -> int:
-        context = int(getattr(facts.config.get_text_config(), "max_position_embeddings", DEFAULT_LENGTH))
+        context = context_of(facts.config)
         if stream.window and self.window not in (0, stream.window):
             raise DataError(f"{self.name}: {self.data} holds windows of {stream.window} tokens, and window is {self.window}.")
         window = self.window or stream.window or min(context, DEFAULT_LENGTH)

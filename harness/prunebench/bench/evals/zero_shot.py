@@ -83,7 +83,7 @@ class ZeroShot(Eval):
 
     def measure(self, job: EvalJob) -> Score:
         """Every question's answer; the value is the mean over members, None where one of a set is missing."""
-        from prunebench.bench.evals.lm_tasks import load_tasks, quiet
+        from prunebench.bench.evals.lm_tasks import gold_of, load_tasks, quiet
 
         asked = load_tasks(self.tasks, self.shots, Path(job.facts.folder))
         items: dict[str, list[float | int | str]] = {name: [] for name in _COLUMNS}
@@ -92,7 +92,7 @@ class ZeroShot(Eval):
             for member in asked.members:
                 for name, task in member.tasks.items():
                     for sample in sorted(samples[name], key=lambda sample: int(sample["doc_id"])):
-                        self._note(items, member.name, task, sample)
+                        self._note(items, member.name, task, gold_of(task, sample["doc"]), sample)
         parts = {member.name: _mean(items, member.name) for member in asked.members}
         value = None if asked.missing else math.fsum(parts.values()) / len(parts)
         shown = parts if len(parts) > 1 or asked.missing else {}
@@ -114,14 +114,19 @@ class ZeroShot(Eval):
         samples: dict[str, list[dict[str, Any]]] = found["samples"]
         return samples
 
-    def _note(self, items: dict[str, list[float | int | str]], member: str, task: Task, sample: Mapping[str, Any]) -> None:
-        from prunebench.bench.evals.lm_tasks import gold_of
-
+    def _note(
+        self,
+        items: dict[str, list[float | int | str]],
+        member: str,
+        task: Task,
+        gold: int | None,
+        sample: Mapping[str, Any],
+    ) -> None:
         name, doc = task.task_name, sample["doc"]
         likelihoods = [float(answer[0]) for answer in sample["filtered_resps"]]
         if not all(map(math.isfinite, likelihoods)):
             raise NonFiniteError(f"a likelihood of question {sample['doc_id']} of {name} is not finite.")
-        gold, right, phenomenon = gold_of(task, doc), float(sample[self.metric]), doc.get("phenomenon")
+        right, phenomenon = float(sample[self.metric]), doc.get("phenomenon")
         if len(likelihoods) == 1:  # the answer is a text: right when it is what the model would have written
             choice = 0 if sample["filtered_resps"][0][1] else -1
         else:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ from prunebench.results.records import (
     StepSpec,
     TextSpec,
 )
-from prunebench.spec import Job, Needs, Placement
+from prunebench.spec import Eval, EvalFacts, EvalJob, Job, Needs, Placement
 from prunebench.targets import Target, Unstructured
 from prunebench.toolkit import Block, keep_mask, magnitude_scores, walk
 from prunebench.toolkit.anatomy import find_anatomy
@@ -671,3 +672,41 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def eval_job(
+    evaluation: Eval,
+    model: Any,
+    facts: EvalFacts,
+    *,
+    dense: Any = None,
+    batch_size: int = 4,
+    progress: Callable[..., None] = lambda *_: None,
+) -> EvalJob:
+    """What an evaluation is given on the CPU; without a dense model the model stands for it."""
+    return EvalJob(
+        model=model,
+        facts=facts,
+        conditions=evaluation.conditions(facts),
+        device=torch.device("cpu"),
+        batch_size=batch_size,
+        progress=progress,
+        dense=lambda: model if dense is None else dense,
+    )
+
+
+class Oracle(nn.Module):
+    """Stands for a language model: gives logits by rule, and keeps what it was shown and the sizes of the batches."""
+
+    def __init__(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.rule = rule
+        self.shown: list[list[int]] = []
+        self.batches: list[int] = []
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        assert not use_cache
+        assert not torch.is_grad_enabled()
+        self.shown += input_ids.tolist()
+        self.batches.append(len(input_ids))
+        return SimpleNamespace(logits=self.rule(input_ids))

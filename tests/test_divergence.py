@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import Letters, tiny
+from support import Letters, Oracle, eval_job, tiny
 from transformers import LlamaConfig, PreTrainedModel
 
 from prunebench.bench.evals import windows as windows_module
 from prunebench.bench.evals.divergence import Divergence
 from prunebench.bench.evals.perplexity import Perplexity
 from prunebench.errors import DataError, NonFiniteError, OptionError
-from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.spec import EvalFacts, Score
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -33,16 +31,7 @@ def facts_of(folder: Path) -> EvalFacts:
 
 def measure(model: Any, dense: Any, facts: EvalFacts, batch_size: int = 4, **options: Any) -> Score:
     evaluation = Divergence(**options)
-    job = EvalJob(
-        model=model,
-        facts=facts,
-        conditions=evaluation.conditions(facts),
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-        progress=lambda *_: None,
-        dense=lambda: dense,
-    )
-    return evaluation.measure(job)
+    return evaluation.measure(eval_job(evaluation, model, facts, dense=dense, batch_size=batch_size))
 
 
 def write_text(folder: Path, length: int = 200) -> str:
@@ -58,20 +47,6 @@ def disturbed(model: PreTrainedModel, by: float) -> PreTrainedModel:
         for parameter in other.parameters():
             parameter.add_(by * torch.randn_like(parameter))
     return other
-
-
-class Oracle(torch.nn.Module):
-    """Gives logits by rule and keeps the sizes of its batches."""
-
-    def __init__(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.rule, self.batches = rule, []  # type: ignore[var-annotated]
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        assert not use_cache
-        assert not torch.is_grad_enabled()
-        self.batches.append(len(input_ids))
-        return SimpleNamespace(logits=self.rule(input_ids))
 
 
 def always(token: int, share: float) -> Oracle:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import FAMILIES, VOCABULARY, Letters, cases, tiny
+from support import FAMILIES, VOCABULARY, Letters, cases, eval_job, tiny
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -22,7 +22,7 @@ from prunebench.bench.evals.questions import Question, load_tasks, words
 from prunebench.errors import DataError, NonFiniteError, OptionError, UnknownNameError
 from prunebench.options import build, canonical, parse_step
 from prunebench.plugins import load_registry
-from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.spec import EvalFacts, Score
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.loading import ModelSource, identify, load_model
 
@@ -62,21 +62,9 @@ def facts_of(folder: Path, tokenizer: Any = None, **config: Any) -> EvalFacts:
     return EvalFacts(LlamaConfig(**SHAPE | config), tokenizer or Spelling(), "spelling", str(folder))
 
 
-def job_of(model: Any, facts: EvalFacts, evaluation: Generation, batch_size: int = 4) -> EvalJob:
-    return EvalJob(
-        model=model,
-        facts=facts,
-        conditions=evaluation.conditions(facts),
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-        progress=lambda *_: None,
-        dense=lambda: model,
-    )
-
-
 def measure(model: Any, facts: EvalFacts, batch_size: int = 4, **options: Any) -> Score:
     evaluation = Generation(**{"tasks": ("pairs.jsonl",)} | options)
-    return evaluation.measure(job_of(model, facts, evaluation, batch_size))
+    return evaluation.measure(eval_job(evaluation, model, facts, batch_size=batch_size))
 
 
 def write_pairs(folder: Path, rows: Sequence[Any] = PAIRS, name: str = "pairs.jsonl") -> str:
@@ -273,7 +261,7 @@ def test_padding_changes_nothing_in_any_family(tmp_path: Path, family: str) -> N
     rows = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in (2, 9, 5, 5, 14, 3, 8)]
     prompts = [Prompt(ids[:-1], [ids, [*ids[:-1], 7, 11]], len(ids) - 1) for ids in rows]
     model.generation_config.pad_token_id = model.config.pad_token_id = None
-    job = job_of(model, facts_of(tmp_path), Generation(tasks=(write_pairs(tmp_path),)), batch_size=3)
+    job = eval_job(Generation(tasks=(write_pairs(tmp_path),)), model, facts_of(tmp_path), batch_size=3)
     reader: Any = Ids()
     assert len(list(answering._batches(job, [len(ids) for ids in rows], reader, 6, ""))) > 1
     wanted = [slow_continuation(model, prompt.tokens, 6, (2,)) for prompt in prompts]

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import Letters, tiny
+from support import Letters, Oracle, eval_job, tiny
 from transformers import LlamaConfig, PreTrainedModel
 
 from prunebench.bench.evals import windows as windows_module
 from prunebench.bench.evals.perplexity import Perplexity
 from prunebench.bench.specs import eval_facts
 from prunebench.errors import DataError, NonFiniteError, OptionError
-from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.spec import EvalFacts, Score
 from prunebench.toolkit.cache import digest_array
 from prunebench.toolkit.loading import ModelSource, identify, load_model
 
@@ -38,31 +38,7 @@ def measure(
     model: Any, facts: EvalFacts, batch_size: int = 4, progress: Callable[..., None] = lambda *_: None, **options: Any
 ) -> Score:
     evaluation = Perplexity(**options)
-    job = EvalJob(
-        model=model,
-        facts=facts,
-        conditions=evaluation.conditions(facts),
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-        progress=progress,
-        dense=lambda: model,
-    )
-    return evaluation.measure(job)
-
-
-class Oracle(torch.nn.Module):
-    """Gives logits by rule and keeps the ids it was shown."""
-
-    def __init__(self, rule: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.rule, self.shown = rule, []  # type: ignore[var-annotated]
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        assert not use_cache
-        assert not torch.is_grad_enabled()
-        self.shown += input_ids.tolist()
-        self.batches = [*getattr(self, "batches", []), len(input_ids)]
-        return SimpleNamespace(logits=self.rule(input_ids))
+    return evaluation.measure(eval_job(evaluation, model, facts, batch_size=batch_size, progress=progress))
 
 
 def indifferent(ids: torch.Tensor) -> torch.Tensor:

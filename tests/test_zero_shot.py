@@ -21,7 +21,7 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support import Bench, Ran, fingerprint, same_bits, tiny, traces, write_mirror
+from support import Bench, Ran, eval_job, fingerprint, same_bits, tiny, traces, write_mirror
 from transformers import PreTrainedModel
 
 from prunebench.bench.evals import lm_model, lm_tasks, task_index
@@ -30,7 +30,7 @@ from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.bench.runner import classify
 from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, NonFiniteError
-from prunebench.spec import EvalFacts, EvalJob, Score
+from prunebench.spec import EvalFacts, Score
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.loading import ModelSource, identify, load_model
 from prunebench.toolkit.state import capture, differences, guarded
@@ -85,16 +85,7 @@ def model() -> PreTrainedModel:
 
 def measure(model: PreTrainedModel, facts: EvalFacts, progress: Any = lambda *_: None, **options: Any) -> Score:
     evaluation = ZeroShot(**options)
-    job = EvalJob(
-        model=model,
-        facts=facts,
-        conditions=evaluation.conditions(facts),
-        device=torch.device("cpu"),
-        batch_size=4,
-        progress=progress,
-        dense=lambda: model,
-    )
-    return evaluation.measure(job)
+    return evaluation.measure(eval_job(evaluation, model, facts, progress=progress))
 
 
 def likelihoods_of(score: Score) -> list[list[float]]:
@@ -200,17 +191,8 @@ def test_the_model_and_everything_global_stay_as_they_were(
     assert tokenizer.pad_token is None
     name = write_task(tmp_path)
     evaluation = ZeroShot(tasks=name)
-    conditions = evaluation.conditions(facts)
+    job = eval_job(evaluation, model, facts, batch_size=1)
     capfd.readouterr()
-    job = EvalJob(
-        model=model,
-        facts=facts,
-        conditions=conditions,
-        device=torch.device("cpu"),
-        batch_size=1,
-        progress=lambda *_: None,
-        dense=lambda: model,
-    )
     state = capture()
     with guarded([]), evaluating(model):
         evaluation.measure(job)

@@ -13,6 +13,7 @@ from prunebench.errors import RequestError
 
 if TYPE_CHECKING:
     from prunebench.results.records import RunRecord
+    from prunebench.results.store import Stored
 
 
 @app.command()
@@ -46,7 +47,7 @@ def explain(
     from prunebench.results.explain import explain as explained
     from prunebench.show import print_explanations
 
-    records = _records(results, first, second)
+    records = _named(results, open_store(results).latest(), first, second)
     found = explained(*records)
     _introduce(records)
     if not found:
@@ -68,10 +69,11 @@ def compare(
     from prunebench.show import print_contests
 
     store = open_store(results)
-    records = _records(results, first, second)
+    latest = store.latest()
+    records = _named(results, latest, first, second)
     if row_key(records[0]) == row_key(records[1]):
         raise RequestError(f"{first} and {second} are of one row, which all seeds of a method are; name a run of another row.")
-    everything = [stored.record for stored in store.latest()]
+    everything = [stored.record for stored in latest]
     found = contests(row_of(records[0], everything), row_of(records[1], everything), store.items)
     if not found:
         raise RequestError(
@@ -119,16 +121,15 @@ def report(
             terminal.print(f"\nWritten to {escape(str(path))}.")
 
 
-def _records(results: Path, *ids: str) -> list[RunRecord]:
-    """The latest runs with these ids.
+def _named(results: Path, latest: list[Stored], *ids: str) -> list[RunRecord]:
+    """The runs with these ids among the latest of a folder.
 
     Raises:
         RequestError: there is none, or more than one, or it has no scores.
     """
-    latest = [stored.record for stored in open_store(results).latest()]
-    found = []
+    records, found = [stored.record for stored in latest], []
     for run_id in ids:
-        matching = [r for r in latest if r.id.startswith(run_id) or f"{r.machine}/{r.id}".startswith(run_id)]
+        matching = [r for r in records if r.id.startswith(run_id) or f"{r.machine}/{r.id}".startswith(run_id)]
         if len(matching) != 1:
             more = f": {', '.join(f'{record.machine}/{record.id}' for record in matching)}" if 1 < len(matching) <= 4 else ""
             raise RequestError(f"{len(matching) or 'no'} runs in {results} have an id that begins with {run_id!r}{more}.")

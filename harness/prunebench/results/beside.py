@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prunebench.results.planning import Asked
 from prunebench.results.published import Metric, PublishedScore
 from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
 
@@ -27,7 +28,7 @@ HEADINGS = ("paper", "table", "model", "method", "target", "what", "published", 
 
 
 @dataclass(frozen=True)
-class Measured:
+class Candidate:
     """One value of a record that a published number could be about."""
 
     record: RunRecord
@@ -87,7 +88,7 @@ def beside(published: Iterable[PublishedScore], records: Iterable[RunRecord]) ->
         published: as `load_published` gives them.
         records: the latest ones of present revisions; those that failed or refused count for nothing.
     """
-    measured: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    measured: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
     for record in records:
         if record.status == "ok":
             for found in measured_in(record):
@@ -131,12 +132,12 @@ def tolerance(published: PublishedScore, questions: Sequence[int]) -> float:
     return max(2 * 100 * error, published.rounding)
 
 
-def measured_in(record: RunRecord) -> Iterator[Measured]:
+def measured_in(record: RunRecord) -> Iterator[Candidate]:
     """What of a record published numbers could be about: perplexities, and accuracies of tasks and of sets of tasks."""
     for score in record.scores.values():
         if score.conditions.get("eval") == "perplexity" and score.value is not None:
             data, left_out = str(score.conditions.get("data")), _left_out(score.conditions)
-            yield Measured(record, "perplexity", data, score.value, score.conditions, left_out=left_out)
+            yield Candidate(record, "perplexity", data, score.value, score.conditions, left_out=left_out)
         elif score.conditions.get("eval") == "zero_shot":
             yield from _accuracies(record, score)
 
@@ -148,31 +149,28 @@ def _left_out(conditions: Mapping[str, Any]) -> str | None:
     return None if windows == tokens // window else f"only {windows} of {tokens // window} windows"
 
 
-def _accuracies(record: RunRecord, score: ScoreRecord) -> Iterator[Measured]:
+def _accuracies(record: RunRecord, score: ScoreRecord) -> Iterator[Candidate]:
     """Each task's accuracy, and the mean of a named set of which no task is missing."""
-    conditions, tasks = score.conditions, score.conditions.get("tasks")
-    if not isinstance(tasks, dict):
+    conditions: Mapping[str, Any] = score.conditions
+    tasks, questions = conditions.get("tasks"), Asked.by(conditions).questions
+    if not isinstance(tasks, dict) or not questions:
         return
-    limit = conditions.get("limit") or 0
     common = {
         "harness": f"lm-eval {conditions.get('lm_eval')}",
         "metric_key": conditions.get("metric"),
         "shots": conditions.get("shots"),
-        "limit": limit,
+        "limit": conditions.get("limit") or 0,
         "dtype": conditions.get("dtype"),
     }
     shares = score.parts or (dict.fromkeys(tasks, score.value) if len(tasks) == 1 else {})
-    questions = {}
-    for task, facts in tasks.items():
-        share = shares.get(task)
-        if not isinstance(facts, dict) or share is None:
-            continue
-        asked, of = int(str(facts["items"])), int(str(facts.get("tasks", 1)))
-        questions[task] = min(asked, int(str(limit)) * of) if limit else asked
-        told = common | {"task_version": _whole(facts.get("version")), "content": facts.get("content")}
-        yield Measured(record, "accuracy", task, 100 * share, told, (questions[task],))
-    if conditions.get("set") and score.value is not None and questions.keys() == tasks.keys():
-        yield Measured(record, "mean accuracy", str(conditions["set"]), 100 * score.value, common, tuple(questions.values()))
+    for task, asked in questions:
+        facts, share = tasks[task], shares.get(task)
+        if share is not None:
+            told = common | {"task_version": _whole(facts.get("version")), "content": facts.get("content")}
+            yield Candidate(record, "accuracy", task, 100 * share, told, (asked,))
+    if conditions.get("set") and score.value is not None and shares.keys() >= tasks.keys():
+        sizes = tuple(asked for _, asked in questions)
+        yield Candidate(record, "mean accuracy", str(conditions["set"]), 100 * score.value, common, sizes)
 
 
 def _whole(version: object) -> object:
@@ -180,7 +178,7 @@ def _whole(version: object) -> object:
     return int(float(version)) if isinstance(version, str) and re.fullmatch(r"\d+(\.0+)?", version) else version
 
 
-def _place(number: PublishedScore, candidates: list[Measured]) -> Beside:
+def _place(number: PublishedScore, candidates: list[Candidate]) -> Beside:
     if number.copied_from is not None:
         return Beside(number, "copy", number.reason)
     if number.reason is not None or number.model is None:
@@ -202,9 +200,9 @@ def _place(number: PublishedScore, candidates: list[Measured]) -> Beside:
     return Beside(number, "reproduced" if near else "off", ours=mean, seeds=len(seeds))
 
 
-def _one_row(agreeing: list[Measured]) -> list[Measured]:
+def _one_row(agreeing: list[Candidate]) -> list[Candidate]:
     """The seeds of one row: measured alike in what the paper leaves open too, on one machine; the row of most seeds."""
-    rows: dict[tuple[str, ...], dict[int | None, Measured]] = defaultdict(dict)
+    rows: dict[tuple[str, ...], dict[int | None, Candidate]] = defaultdict(dict)
     for one in sorted(agreeing, key=lambda m: (m.record.provenance.started, m.record.id)):
         spec = one.record.spec
         key = (one.record.machine, spec.model.source, fingerprint(dict(one.conditions)), fingerprint(spec.recipe))
@@ -212,7 +210,7 @@ def _one_row(agreeing: list[Measured]) -> list[Measured]:
     return list(max(sorted(rows.items()), key=lambda item: len(item[1]))[1].values())
 
 
-def differences(number: PublishedScore, ours: Measured) -> list[str]:
+def differences(number: PublishedScore, ours: Candidate) -> list[str]:
     """What keeps a published number and ours, of one model, method and target, from being compared."""
     found = []
     stated = number.conditions.model_dump(exclude={"content"}, exclude_none=True)

@@ -57,7 +57,7 @@ class Asked:
         questions: list[tuple[str, int]] = []
         if isinstance(tasks, Mapping):
             for name, task in tasks.items():
-                questions.append((name, min(task["items"], limit * task["tasks"]) if limit else task["items"]))
+                questions.append((name, min(task["items"], limit * task.get("tasks", 1)) if limit else task["items"]))
         elif isinstance(tasks, Sequence):
             questions = [(task["task"], task["questions"]) for task in tasks]
         return cls(int(conditions.get("windows", 0)), int(conditions.get("window", 0)), tuple(questions))

@@ -33,6 +33,7 @@ __all__ = [
     "Anatomy",
     "BlockHandle",
     "Changes",
+    "Claims",
     "DenseWeights",
     "Eval",
     "EvalFacts",
@@ -87,6 +88,22 @@ class Changes(enum.Flag):
     """The head's weight; one that is tied to the embedding is untied first, and then counts as extra parameters."""
     ADAPTER = enum.auto()
     """Parameters that stay apart from the weights, by `job.attach`."""
+
+
+class Claims(enum.Flag):
+    """What else holds of a pruner's masks by its mathematics: the conformance kit puts it to what it claims, in float64."""
+
+    NOTHING = 0
+    ROWS = enum.auto()
+    """Permute the rows of one matrix: the rows of its mask are permuted with them, and nothing else of the mask changes."""
+    CHANNELS = enum.auto()
+    """Permute the channels inside the MLPs, which leaves the model's function as it is: the masks are permuted with them.
+    For unstructured targets; groups of M consecutive columns would be others."""
+    NESTED = enum.auto()
+    """What is removed at a lower sparsity is removed at a higher one too, and what 2:4 removes by 1:4."""
+    PREFIX = enum.auto()
+    """Statistics come from the pruned prefix: a block's masks are what they are when an earlier step had pruned, as this one
+    does, the blocks before it."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +232,10 @@ class Pruner(abc.ABC):
         128 consecutive columns over all rows (the last may be narrower). N:M targets are always counted in groups of M.
         """
         return "row"
+
+    def claims(self) -> Claims:
+        """What holds beyond the contract, which the conformance kit checks; may depend on options."""
+        return Claims.NOTHING
 
     def refuses(self, facts: JobFacts) -> str | None:  # noqa: ARG002 - the signature is the contract
         """A reason in one sentence why this job cannot be done, or None; asked for every step before the first starts."""

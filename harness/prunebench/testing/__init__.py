@@ -35,7 +35,7 @@ from prunebench.testing.checks import (
     check_zero_sparsity,
 )
 from prunebench.testing.models import FAMILIES, make_job, random_tokens, tiny_model
-from prunebench.testing.running import CheckResult, Excuses, check_pruner, parametrize_with_checks
+from prunebench.testing.running import CheckResult, Excuses, cases, check_pruner, parametrize_with_checks
 from prunebench.testing.trial import CheckFailed, Declined, Factory
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Declined",
     "Excuses",
     "Factory",
+    "cases",
     "check_batch_splits",
     "check_declared_changes",
     "check_nothing_left",

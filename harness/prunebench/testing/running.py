@@ -80,6 +80,21 @@ def parametrize_with_checks(
     return pytest.mark.parametrize(("pruner", "check", "family"), parameters)
 
 
+def cases(families: Sequence[str] | None = None, checks: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """The (law, family) pairs that the kit puts a pruner to, family by family.
+
+    Args:
+        families: only these of `FAMILIES`.
+        checks: only these of `CHECKS`.
+
+    Raises:
+        UnknownNameError: a law or family that does not exist.
+    """
+    wanted = FAMILIES if families is None else families, tuple(CHECKS) if checks is None else checks
+    _check_names({}, *wanted)
+    return list(_all(*wanted))
+
+
 def _result(make: Factory, check: str, family: str, excuse: str | None) -> CheckResult:
     name = label(make)
     try:

@@ -65,10 +65,16 @@ LAYERS = {
     "toolkit": Layer(frozenset({"contract"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
     "plugins": Layer(frozenset({"contract"}), frozenset({"pluggy", "pydantic"})),
     "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic"})),
-    "bench": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results"}), None),
+    "children": Layer(frozenset(), frozenset()),
+    "bench": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results", "children"}), None),
     "testing": Layer(frozenset({"contract", "toolkit", "plugins"}), frozenset(TENSORS | {"pytest"})),
+    "scaffold": Layer(frozenset({"contract", "plugins"}), frozenset()),
+    "checking": Layer(frozenset({"contract", "plugins", "children", "testing"}), frozenset()),
     "show": Layer(frozenset({"contract", "results"}), frozenset({"rich"})),
-    "cli": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results", "bench", "testing", "show"}), None),
+    "cli": Layer(
+        frozenset({"package", "contract", "toolkit", "plugins", "results", "bench", "testing", "checking", "scaffold", "show"}),
+        None,
+    ),
     "package": Layer(frozenset(), frozenset()),
     "pruners": Layer(frozenset({"contract", "toolkit"}), frozenset({"torch", "transformers"})),
 }

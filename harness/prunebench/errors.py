@@ -59,6 +59,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def described(error: BaseException) -> str:
+    """A stranger's exception by kind and first line; it may fail at telling what it is."""
+    try:
+        said = first_line(error)
+    except Exception:  # noqa: BLE001 - its own `__str__` raises
+        said = type(error).__name__
+    name = type(error).__name__
+    return name if said == name else f"{name}: {said.rstrip('.')}"
+
+
 class OptionError(RequestError):
     """An option that does not parse, or whose value does not fit its type."""
 

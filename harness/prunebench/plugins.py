@@ -7,18 +7,23 @@ distribution and the reason, and stops nobody else.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import operator
 import re
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pluggy
 
-from prunebench.errors import PluginError, UnknownNameError
-from prunebench.options import Step, build, option_facts
+from prunebench.errors import PluginError, RequestError, UnknownNameError, described
+from prunebench.options import Step, build, canonical, option_facts, parse_step
 from prunebench.spec import Eval, Hooks, JsonDict, Pruner
 
 GROUP = "prunebench"
@@ -127,14 +132,70 @@ def registry_of(plugins: Iterable[tuple[str, str, str, Callable[[], object]]]) -
     registry = Registry()
     for name, distribution, version, load in plugins:
         try:
-            found = _hooked(name, load())
-            for kind, classes in found.items():
-                for cls in classes:
-                    registry.add(kind, cls, distribution, version)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed
-            reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            with redirect_stdout(sys.stderr):  # what it prints would stand in the midst of a listing
+                found = _hooked(name, load())
+                for kind, classes in found.items():
+                    for cls in classes:
+                        registry.add(kind, cls, distribution, version)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed
+            reason = str(error) if isinstance(error, PluginError) else described(error)
             registry.broken.append(Broken(name, distribution, reason))
     return registry
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pruner that was asked for by text."""
+
+    make: Callable[[], Pruner]
+    label: str
+    """As a step is written, with the options that differ from their defaults."""
+    distribution: str
+    version: str
+
+
+def find_pruner(text: str) -> Found:
+    """A registered pruner, `name[opt=value]`, or any other class, `module:Class[opt=value]`, the current folder on the path.
+
+    Raises:
+        RequestError: there is no such name or option, or the module cannot be imported or has no such class.
+        PluginError: the class is no pruner, or the name is claimed twice.
+    """
+    place, bracket, options = text.strip().partition("[")
+    if ":" in place:
+        cls, registry = _imported(place), Registry()
+        registry.add("pruner", cls, place, "not registered")
+        step = parse_step(f"{cls.name}{bracket}{options}")
+    else:
+        registry, step = load_registry(), parse_step(text)
+    pruner, entry = registry.pruner(step), registry.pruners[step.name]
+    return Found(partial(registry.pruner, step), canonical(step.name, pruner), entry.distribution, entry.version)
+
+
+def _imported(place: str) -> Any:
+    """The class that `module:Class` names.
+
+    Raises:
+        RequestError: there is none.
+    """
+    module_name, _, path = place.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # the last: a file `random.py` there hides nothing
+    try:
+        with redirect_stdout(sys.stderr):
+            module = importlib.import_module(module_name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's import may raise anything
+        raise RequestError(f"cannot import the module {module_name!r}: {described(error)}.") from error
+    try:
+        return operator.attrgetter(path)(module)
+    except AttributeError:
+        where = getattr(module, "__file__", None) or "no file"
+        raise RequestError(f"the module {module_name!r} ({where}) has no {path!r}.") from None
 
 
 def _hooked(name: str, plugin: object) -> dict[str, list[type]]:

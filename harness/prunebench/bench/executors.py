@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,15 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from prunebench.bench.plan import RunRequest
+from prunebench.children import ASKED_TO_END, GRACE_SECONDS, POLL_SECONDS, end_child, ended_by, last_lines, settle_in
 from prunebench.errors import UnknownNameError
 from prunebench.results.records import Failure, RunRecord
 from prunebench.spec import Progress
-
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 5.0
-LOG_LINES = 12
-ASKED_TO_END = 128 + signal.SIGTERM
-"""The exit code of a child that was sent SIGTERM."""
 
 
 class Executor(Protocol):
@@ -78,7 +70,7 @@ class SubprocessExecutor:
                 answer = _listen(ours, child, progress, request.timeout, started)
             finally:
                 ours.close()
-                _end(child)
+                end_child(child, GRACE_SECONDS)
             if isinstance(answer, str):
                 return RunRecord.model_validate_json(answer)
             failure = answer or _explain_death(child.exitcode, _out_of_memory_kills() > kills, log)
@@ -125,27 +117,15 @@ def _listen(
             return Failure(kind="timeout", type="TimeoutError", message=message, step=None)
 
 
-def _end(child: multiprocessing.process.BaseProcess) -> None:
-    child.join(0.5)
-    for stop in (child.terminate, child.kill):
-        if child.is_alive():
-            stop()
-            child.join(GRACE_SECONDS)
-
-
 def _explain_death(exitcode: int | None, out_of_memory: bool, log: Path) -> Failure:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-    wrote = f" Its last lines: {' | '.join(line.strip() for line in lines if line.strip())}" if lines else ""
-    if exitcode == ASKED_TO_END:
-        exitcode = -signal.SIGTERM
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        if out_of_memory and name == "SIGKILL":
-            message = f"the process was killed by the system, which was out of memory.{wrote}"
-            return Failure(kind="oom", type=name, message=message, step=None)
-        return Failure(kind="killed", type=name, message=f"the process was ended by {name}.{wrote}", step=None)
-    message = f"the process ended with exit code {exitcode} and no record.{wrote}"
-    return Failure(kind="killed", type="ProcessExit", message=message, step=None)
+    wrote, name = last_lines(log), ended_by(exitcode)
+    if name is None:
+        message = f"the process ended with exit code {exitcode} and no record.{wrote}"
+        return Failure(kind="killed", type="ProcessExit", message=message, step=None)
+    if out_of_memory and name == "SIGKILL":
+        message = f"the process was killed by the system, which was out of memory.{wrote}"
+        return Failure(kind="oom", type=name, message=message, step=None)
+    return Failure(kind="killed", type=name, message=f"the process was ended by {name}.{wrote}", step=None)
 
 
 def _out_of_memory_kills() -> int:
@@ -168,16 +148,8 @@ def _failed(request: RunRequest, failure: Failure, executor: str, started: float
 
 def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log: str) -> None:
     """The child: run, send progress now and then, send the record."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
-    signal.signal(signal.SIGTERM, _leave)
-    _die_with_parent()
-    try:
-        with Path(log).open("w", encoding="utf-8", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    except FileNotFoundError:
-        return  # the command was interrupted while this process started
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
+    if not settle_in(Path(log)):
+        return
     from prunebench.bench.runner import run
 
     try:
@@ -187,23 +159,6 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     pipe.send(("record", record.model_dump_json(by_alias=True)))
     pipe.close()
     sys.stdout.flush()
-
-
-def _leave(*_: object) -> None:
-    """End in good order, or the semaphores of progress bars are reported as leaked; only this exception gets through `run`."""
-    raise KeyboardInterrupt
-
-
-def _die_with_parent() -> None:
-    """End when the command that started this run is gone: nobody would take the record."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            multiprocessing.connection.wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Throttled:

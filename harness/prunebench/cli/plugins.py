@@ -1,0 +1,69 @@
+"""`prunebench check` and `new`: for those who write a pruner."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from prunebench.cli.program import app, terminal
+
+if TYPE_CHECKING:
+    from prunebench.checking import Report
+
+_STYLES = {"passed": "green", "failed": "bold red", "excused": "yellow", "declined": "dim"}
+_WORDS = {"declined": "not asked"}
+
+
+@app.command()
+def check(
+    pruner: Annotated[str, typer.Argument(metavar="NAME", help="NAME[opt=value,…] of a pruner, or module:Class.")],
+    family: Annotated[list[str] | None, typer.Option("--family", help="Only on this family of tiny models.")] = None,
+    law: Annotated[list[str] | None, typer.Option("--check", help="Only this law.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds a law may take on one family.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Put a pruner to the laws of the conformance kit: exit code 1 when it breaks one that it does not excuse.
+
+    Example: prunebench check wanda
+    """
+    from prunebench.checking import check as checked
+
+    with terminal.status("loading") as status:
+
+        def started(name: str, on: str, done: int, total: int) -> None:
+            status.update(escape(f"{name} on {on}, {done + 1} of {total}"))
+
+        report = checked(pruner, family or None, law or None, timeout, started)
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(report), "counts": report.counts}, indent=1))
+    else:
+        _print_report(report)
+    if report.counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _print_report(report: Report) -> None:
+    """One line for a law and an outcome, with the families that share it; then the totals."""
+    origin = f"{report.distribution} {report.version}, revision {report.revision}"
+    terminal.print(f"[bold]{escape(report.pruner)}[/]  [dim]{escape(origin)}[/]\n")
+    shared: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
+    for result in report.results:
+        key = (result.check, result.outcome, result.message)
+        shared.setdefault(key, []).append((result.family, result.seconds))
+    grid = Table.grid(padding=(0, 2))
+    for name in ("law", "outcome", "seconds", "families and reason"):
+        grid.add_column(justify="right" if name == "seconds" else "left", no_wrap=not name.startswith("families"))
+    laws = list(dict.fromkeys(result.check for result in report.results))
+    for (name, outcome, message), on in sorted(shared.items(), key=lambda item: laws.index(item[0][0])):
+        style, families = _STYLES[outcome], ", ".join(family for family, _ in on)
+        seconds = f"{sum(taken for _, taken in on):.1f} s"
+        said = f"[dim]{escape(families)}[/]" + (f": {escape(message)}" if message else "")
+        grid.add_row(escape(name), f"[{style}]{_WORDS.get(outcome, outcome)}[/]", seconds, said)
+    terminal.print(grid)
+    totals = ", ".join(f"{count} {_WORDS.get(outcome, outcome)}" for outcome, count in report.counts.items())
+    terminal.print(f"\n{totals}; {report.seconds:.1f} s")

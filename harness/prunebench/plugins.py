@@ -24,9 +24,12 @@ import pluggy
 
 from prunebench.errors import PluginError, RequestError, UnknownNameError, described
 from prunebench.options import Step, build, canonical, option_facts, parse_step
-from prunebench.spec import Eval, Hooks, JsonDict, Pruner
+from prunebench.spec import API_VERSION, Eval, Hooks, JsonDict, Pruner
 
 GROUP = "prunebench"
+OLDEST_API = 1
+"""The oldest version of the contract that plugins may be written for; one that does not say is taken for this."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
 T = TypeVar("T", Pruner, Eval)
@@ -109,6 +112,9 @@ class Registry:
         if (kind, name) in self._disputed:
             raise PluginError(self._claims(kind, name))
         if name not in table:
+            for broken in self.broken:
+                if name in (broken.plugin, broken.distribution):
+                    raise PluginError(f"the plugin {broken.plugin} of {broken.distribution} cannot be used: {broken.reason}")
             raise UnknownNameError.among(kind, name, table)
         return table[name]
 
@@ -200,6 +206,7 @@ def _imported(place: str) -> Any:
 
 def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
     """Call one plugin's hooks through a manager of its own, so that nothing of it touches another plugin."""
+    _check_api(name, plugin)
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
     try:
@@ -220,6 +227,22 @@ def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
     return found
 
 
+def _check_api(name: str, plugin: object) -> None:
+    written_for = getattr(plugin, "api_version", OLDEST_API)
+    if type(written_for) is not int:
+        raise PluginError(f"the api_version of the plugin {name!r} is {written_for!r}, not a whole number.")
+    if written_for > API_VERSION:
+        raise PluginError(
+            f"the plugin {name!r} was written for version {written_for} of the contract, and this prunebench has "
+            f"{API_VERSION}: upgrade prunebench."
+        )
+    if written_for < OLDEST_API:
+        raise PluginError(
+            f"the plugin {name!r} was written for version {written_for} of the contract, and this prunebench takes none "
+            f"before {OLDEST_API}: upgrade the plugin."
+        )
+
+
 def _check(cls: Any, base: type, kind: str) -> None:
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         raise PluginError(f"{cls!r} is not a {base.__name__} class.")
@@ -228,6 +251,8 @@ def _check(cls: Any, base: type, kind: str) -> None:
         raise PluginError(f"{cls.__name__} is abstract: it does not define {missing}.")
     if not _NAME.fullmatch(str(getattr(cls, "name", ""))):
         raise PluginError(f"{cls.__name__} needs a class variable `name` of lower case letters, digits and '._+-'.")
+    if type(cls.revision) is not int:
+        raise PluginError(f"the revision of {cls.__name__} is {cls.revision!r}, not a whole number.")
     if "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{cls.__name__} is not a dataclass: decorate it with @dataclass.")
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]  # that it is a dataclass was seen above

@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("prunebench")
 hookimpl = pluggy.HookimplMarker("prunebench")
 
+API_VERSION = 1
+"""Of this contract. A plugin's module names the one it was written for as `api_version`; `decisions/0009` says when it rises."""
+
 JsonDict = dict[str, Any]
 """A mapping that `json` can write: strings, numbers, booleans, None, lists and such mappings."""
 
 __all__ = [
+    "API_VERSION",
     "Anatomy",
     "BlockHandle",
     "Changes",
@@ -216,6 +220,9 @@ class Pruner(abc.ABC):
     """What users write, e.g. 'wanda': lower case letters, digits, '.', '+', '-' and '_'."""
     revision: ClassVar[int] = 1
     """Raise it whenever outputs or a default can change: it is part of a run's id."""
+    excuses: ClassVar[Mapping[str, str]] = {}
+    """Laws of the conformance kit that the method is known to break ('same_seed', or 'same_seed/opt' on one family), each with
+    the reason; `prunebench check` shows them as excused, and fails where one is kept after all."""
 
     def needs(self) -> Needs:
         """What the method reads; may depend on options."""

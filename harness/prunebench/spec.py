@@ -13,21 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import pluggy
-
 from prunebench.errors import ContractError
 from prunebench.handles import Anatomy, BlockHandle, DenseWeights, Matrix, Placement
+from prunebench.hooks import API_VERSION, Hooks, hookimpl, hookspec
 from prunebench.targets import NM, Target
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-hookspec = pluggy.HookspecMarker("prunebench")
-hookimpl = pluggy.HookimplMarker("prunebench")
-
-API_VERSION = 1
-"""Of this contract. A plugin's module names the one it was written for as `api_version`; `decisions/0009` says when it rises."""
 
 JsonDict = dict[str, Any]
 """A mapping that `json` can write: strings, numbers, booleans, None, lists and such mappings."""
@@ -233,10 +226,11 @@ class Pruner(abc.ABC):
         return Changes.MASK_GROWS
 
     def audit_group(self) -> str:
-        """The comparison group in which an unstructured target is exact: `row`, `matrix`, `model` or `columns:N`.
+        """The comparison group in which an unstructured target is exact: `row`, `matrix`, `model`, `columns:N` or `earlier`.
 
         The audit counts in it. With `model` the total is exact and each matrix's rate is recorded; `columns:128` are slabs of
-        128 consecutive columns over all rows (the last may be narrower). N:M targets are always counted in groups of M.
+        128 consecutive columns over all rows (the last may be narrower). With `earlier` it is the group of the step before,
+        for steps that move the masks they find and keep their counts. N:M targets are always counted in groups of M.
         """
         return "row"
 
@@ -341,15 +335,3 @@ class Eval(abc.ABC):
         Raises:
             NonFiniteError: the value is not a number.
         """
-
-
-class Hooks:
-    """The hooks of the entry-point group `prunebench`. They take no arguments and return classes."""
-
-    @hookspec
-    def prunebench_pruners(self) -> Sequence[type[Pruner]]:  # type: ignore[empty-body]
-        """Pruner classes to register."""
-
-    @hookspec
-    def prunebench_evals(self) -> Sequence[type[Eval]]:  # type: ignore[empty-body]
-        """Evaluation classes to register."""

@@ -114,8 +114,8 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         progress("audit", 0, 1)
         before.check_masks(pruner.changes())
         before.check_declared(pruner.changes())
-        if pruner.changes() & Changes.MASKS:
-            group = pruner.audit_group()  # a later step without masks is held to the pattern it found
+        if pruner.changes() & Changes.MASKS and pruner.audit_group() != "earlier":
+            group = pruner.audit_group()  # a later step without masks of its own is held to the pattern it found
         explained |= "extra_zeros" in notes
         outcome.finding = audit(anatomy, target, group, explained)
         survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)

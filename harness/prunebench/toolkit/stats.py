@@ -18,7 +18,7 @@ class Statistic(abc.ABC):
 
     @abc.abstractmethod
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
-        """Take in one batch: [all its tokens, width] in the statistic's dtype, and the number of its sequences."""
+        """Take in one batch: [all its tokens, width] in the statistic's dtype, sequence by sequence, and how many these are."""
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:

@@ -136,6 +136,10 @@ class Dsnot(Pruner):
         """Masks, both ways; no value."""
         return Changes.MASK_MOVES
 
+    def audit_group(self) -> str:
+        """Rows keep their counts, and so does whatever they are part of."""
+        return "earlier"
+
     def refuses(self, facts: JobFacts) -> str | None:
         """Nothing to refine."""
         return None if facts.earlier else "dsnot refines the masks of the step before it, and there is none."

@@ -59,15 +59,16 @@ class Layer:
     """Packages of others that may be imported for type checking."""
 
 
-CONTRACT = frozenset({"spec", "handles", "targets", "errors"})
+CONTRACT = frozenset({"spec", "handles", "hooks", "targets", "errors"})
 LAYERS = {
     "contract": Layer(frozenset(), frozenset({"pluggy"}), frozenset({"torch", "transformers"})),
     "toolkit": Layer(frozenset({"contract"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
     "plugins": Layer(frozenset({"contract"}), frozenset({"pluggy", "pydantic"})),
     "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic"})),
     "children": Layer(frozenset(), frozenset()),
-    "bench": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results", "children"}), None),
-    "testing": Layer(frozenset({"contract", "toolkit", "plugins"}), frozenset(TENSORS | {"pytest"})),
+    "shipped": Layer(frozenset(), frozenset()),
+    "bench": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results", "children", "shipped"}), None),
+    "testing": Layer(frozenset({"contract", "toolkit", "plugins", "shipped"}), frozenset(TENSORS | {"pytest"})),
     "scaffold": Layer(frozenset({"contract", "plugins"}), frozenset()),
     "checking": Layer(frozenset({"contract", "plugins", "children", "testing"}), frozenset()),
     "show": Layer(frozenset({"contract", "results"}), frozenset({"rich"})),

@@ -565,24 +565,33 @@ def test_as_many_tokens_are_decoded_as_the_longest_answer_has_and_four(tmp_path:
             "no answer": ({"phenomenon": "a", "prefix": "b", "good": " ", "bad": "c"}, "has no word under 'good'"),
             "nothing wrong": ({"phenomenon": "a", "prefix": "b", "good": "c", "bad": "."}, "has no word under 'bad'"),
             "one word": ({"phenomenon": "a", "prefix": "b", "good": "It", "bad": "it"}, "the same word under 'good' and 'bad'"),
-            "no object": ([1, 2], "is no JSON object"),
-            "cut": ('{"phenomenon": "a', "cannot be read as JSON"),
+            "no object": ([1, 2], "is no object with named columns"),
+            "cut": ('{"phenomenon": "a', "is not JSON"),
         }
     ),
 )
 def test_a_line_that_is_no_pair(tmp_path: Path, line: Any, complaint: str) -> None:
     write_pairs(tmp_path, [*PAIRS, line])
-    with pytest.raises(DataError, match=rf"pairs\.jsonl, line 6 .*{complaint}"):
+    with pytest.raises(DataError, match=rf"pairs\.jsonl, line 6, .*{complaint}"):
         Generation(tasks=("pairs.jsonl",)).conditions(facts_of(tmp_path))
 
 
 def test_files_without_questions(tmp_path: Path) -> None:
-    for content, complaint in ((b"", "holds no pair with a prefix"), (b"\xff\xfe{", "cannot be read as UTF-8")):
+    beginning = b'{"phenomenon": "a", "prefix": "", "good": "b", "bad": "c"}'
+    for content, complaint in ((b"", "is empty"), (beginning, "holds no pair with a prefix"), (b"\xff\xfe{", "is not UTF-8")):
         (tmp_path / "pairs.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=complaint):
             load_tasks(["pairs.jsonl"], 0, tmp_path)
     with pytest.raises(DataError, match=r"the file none\.jsonl does not exist"):
         load_tasks(["none.jsonl"], 0, tmp_path)
+
+
+def test_a_pair_may_hold_any_sign(tmp_path: Path) -> None:
+    """U+2028 ends a line for Python's `splitlines`, and stands unescaped in JSON's strings."""
+    row = {"phenomenon": "a", "prefix": "the\u2028dog", "good": "barks", "bad": "bark"}
+    write_pairs(tmp_path, [json.dumps(row, ensure_ascii=False)])
+    (task,) = load_tasks(["pairs.jsonl"], 0, tmp_path)
+    assert [question.prefix for question in task.questions] == ["the\u2028dog"]
 
 
 def test_two_tasks_of_one_name(tmp_path: Path) -> None:

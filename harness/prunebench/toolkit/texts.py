@@ -8,6 +8,7 @@ excerpt, so a source says that it came from there, and its content hash tells it
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from prunebench.errors import DataError, UnknownNameError, first_line
+from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
 
 _HEADING = re.compile(r"^ ?= [^=\n]+ = ?$", re.MULTILINE)
@@ -257,3 +259,31 @@ class _QuietDatasets:
 
         if self._shown:
             datasets.enable_progress_bars()
+
+
+def read_rows(path: Path) -> dict[int, JsonDict]:
+    """The rows of a file of JSON lines by the number of their line.
+
+    Raises:
+        DataError: it is not there, not such a file, or empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
+    except OSError as error:
+        raise DataError(f"the file {path.name} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"the file {path.name} is not UTF-8: {error.reason} at byte {error.start}.") from None
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path.name}, line {number}, is not JSON: {error}.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path.name}, line {number}, is no object with named columns.")
+        rows[number] = row
+    if not rows:
+        raise DataError(f"the file {path.name} is empty.")
+    return rows

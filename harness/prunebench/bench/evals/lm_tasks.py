@@ -22,11 +22,11 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from prunebench.bench.evals.task_index import SETS, TaskIndex, find_definitions, local_files, read_rows
+from prunebench.bench.evals.task_index import SETS, TaskIndex, find_definitions, local_files
 from prunebench.errors import DataError, OptionError, first_line
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
-from prunebench.toolkit.texts import mirror
+from prunebench.toolkit.texts import mirror, read_rows
 
 ANSWERED = ("multiple_choice", "loglikelihood")
 
@@ -240,7 +240,7 @@ def _reader(files: Mapping[str, Path]) -> Callable[..., Any]:
     def read(**_: Any) -> Any:
         import datasets
 
-        return {split: datasets.Dataset.from_list(read_rows(path)) for split, path in files.items()}
+        return {split: datasets.Dataset.from_list(list(read_rows(path).values())) for split, path in files.items()}
 
     return read
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from prunebench.errors import DataError, UnknownNameError
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest, digest_file
-from prunebench.toolkit.texts import Source, load_text, resolve_file
+from prunebench.toolkit.texts import Source, load_text, read_rows, resolve_file
 
 LAMBADA = "EleutherAI/lambada_openai/default:test"
 LAMBADA_WHOLE = "d5cd1104aa85dc29"
@@ -130,11 +128,7 @@ def _others(last: Sequence[str], index: int) -> tuple[str, ...]:
 
 def _pairs(name: str, limit: int, folder: Path, phenomena: Sequence[str]) -> Task:
     path = resolve_file(name, folder)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the file {name} cannot be read as UTF-8 text: {error}.") from None
-    found = (_pair(line, f"{name}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+    found = (_pair(row, f"{path.name}, line {number},") for number, row in read_rows(path).items())
     questions = [question for question in found if question is not None]
     if not questions:
         raise DataError(f"the file {name} holds no pair with a prefix.")
@@ -148,14 +142,8 @@ def _pairs(name: str, limit: int, folder: Path, phenomena: Sequence[str]) -> Tas
     return Task(path.stem, questions[: limit or None], source, _WRONG_OF["pairs"])
 
 
-def _pair(line: str, where: str) -> Question | None:
-    """A line as a question, or None where nothing comes before the word in which its sentences differ."""
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read as JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no JSON object.")
+def _pair(row: JsonDict, where: str) -> Question | None:
+    """A row as a question, or None where nothing comes before the word in which its sentences differ."""
     for field in ("prefix", "good", "bad", "phenomenon"):
         if not isinstance(row.get(field), str):
             raise DataError(f"{where} has no text under {field!r}.")

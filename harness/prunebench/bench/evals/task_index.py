@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,32 +129,6 @@ def local_files(definition: Mapping[str, Any], folder: Path) -> dict[str, Path] 
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise DataError("data in JSON lines are named as dataset_kwargs: data_files: {SPLIT: FILE.jsonl}, a file for a split.")
     return {str(split): folder / file for split, file in files.items()}
-
-
-def read_rows(path: Path) -> list[JsonDict]:
-    """The rows of a file of JSON lines.
-
-    Raises:
-        DataError: it is not there, not such a file, or empty.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
-    except OSError as error:
-        raise DataError(f"the file {path.name} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file {path.name} is not UTF-8: {error.reason} at byte {error.start}.") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise DataError(f"{path.name}, line {number}, is not JSON: {error}.") from None
-        if row is not None and not isinstance(row, dict):
-            raise DataError(f"{path.name}, line {number}, is no object with named columns.")
-        rows += [] if row is None else [row]
-    if not rows:
-        raise DataError(f"the file {path.name} is empty.")
-    return rows
 
 
 def data_key(asked: str, folder: Path) -> str | None:

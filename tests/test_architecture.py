@@ -92,7 +92,7 @@ def layer_of(module: str) -> str:
         return "package"
     if rest[0] in CONTRACT:
         return "contract"
-    return "plugins" if rest[0] == "options" else rest[0]
+    return "plugins" if rest[0] in {"options", "answers"} else rest[0]
 
 
 class Imports(ast.NodeVisitor):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunebench.errors import OptionError, UnknownNameError, did_you_mean
+from prunebench.errors import OptionError, PluginError, UnknownNameError, described, did_you_mean
 
 T = TypeVar("T")
 
@@ -84,6 +84,7 @@ def build(cls: type[T], step: Step) -> T:
     Raises:
         UnknownNameError: an option that the class does not have.
         OptionError: a value that does not fit its type, or that the class itself declines.
+        PluginError: the class raises what no value explains.
     """
     adapters = _adapters(cls)  # type: ignore[arg-type]  # a class is hashable
     nested: dict[str, Any] = {}
@@ -106,6 +107,8 @@ def build(cls: type[T], step: Step) -> T:
         return _replaced(cls(), nested)
     except (ValueError, TypeError) as error:
         raise OptionError(f"{step.name}: {error}") from None
+    except Exception as error:
+        raise PluginError(f"{cls.__name__}, which is {step.name}, cannot be built: {described(error)}.") from error
 
 
 def canonical(name: str, instance: object) -> str:

@@ -251,8 +251,9 @@ def _check(cls: Any, base: type, kind: str) -> None:
         raise PluginError(f"{cls.__name__} is abstract: it does not define {missing}.")
     if not _NAME.fullmatch(str(getattr(cls, "name", ""))):
         raise PluginError(f"{cls.__name__} needs a class variable `name` of lower case letters, digits and '._+-'.")
-    if type(cls.revision) is not int:
-        raise PluginError(f"the revision of {cls.__name__} is {cls.revision!r}, not a whole number.")
+    revision = getattr(cls, "revision", None)
+    if type(revision) is not int:
+        raise PluginError(f"the revision of {cls.__name__} is {revision!r}, not a whole number.")
     if "__dataclass_fields__" not in vars(cls):
         raise PluginError(f"{cls.__name__} is not a dataclass: decorate it with @dataclass.")
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]  # that it is a dataclass was seen above

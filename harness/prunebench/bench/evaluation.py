@@ -33,7 +33,7 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, sc
 
     Raises:
         NonFiniteError: a value is not a number.
-        RunError: an evaluation's items are not what it says they are.
+        RunError: an evaluation gives no score, or its items are not what it says they are.
     """
     device = torch.device(request.device)
     model.to(device)  # type: ignore[arg-type]
@@ -90,6 +90,8 @@ def score_names(texts: list[str]) -> list[str]:
 
 
 def _score_record(name: str, score: Score, spec: EvalSpec, seconds: float) -> ScoreRecord:
+    if not isinstance(score, Score):
+        raise RunError(f"the evaluation {name} gives {type(score).__name__}, and not a Score.")
     _check_items(name, score)
     for part, value in {"": score.value, **score.parts}.items():
         if value is not None and not math.isfinite(value):

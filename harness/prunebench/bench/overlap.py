@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prunebench.answers import ask
 from prunebench.bench.specs import AskedEval
 from prunebench.spec import EvalFacts
 from prunebench.toolkit.cache import digest, load_json, save_json
@@ -40,7 +41,7 @@ def overlaps(evals: Sequence[AskedEval], trained: Sequence[Tokens], facts: EvalF
         # Windows are packed one behind the other, so that a text goes on over their bounds.
         read = "" if facts.tokenizer is None else str(facts.tokenizer.decode(tokens.array.ravel().tolist()))
         for asked in evals:
-            text = "\n".join(asked.evaluation.texts(facts)) if read else ""
+            text = "\n".join(ask(asked.evaluation, "texts", facts)) if read else ""
             if text:
                 name = tokens.source.name if not tokens.source.split else f"{tokens.source.name} ({tokens.source.split})"
                 found.append(Overlap(asked.text, name, shared(text, read)))

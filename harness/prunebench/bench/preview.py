@@ -18,6 +18,7 @@ from statistics import fmean
 
 import torch
 
+from prunebench.answers import ask
 from prunebench.bench.evals.windows import MAX_LOGITS
 from prunebench.bench.plan import Planner, RunRequest
 from prunebench.bench.runner import threads
@@ -248,7 +249,7 @@ def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]
 
 def pruning_tokens(pruners: Iterable[Pruner], calibration: int, training: int) -> int:
     """Tokens through a forward pass, by what the steps declare that they need."""
-    passes = [pruner.needs() for pruner in pruners]
+    passes = [ask(pruner, "needs") for pruner in pruners]
     by_need = {Needs.CALIBRATION: 2 * calibration, Needs.GRADIENTS: 3 * calibration, Needs.TRAINING: 3 * training}
     return sum(tokens for needs in passes for need, tokens in by_need.items() if needs & need)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from prunebench.answers import ask
 from prunebench.bench import machine
 from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.evaluation import evaluate
@@ -140,10 +141,11 @@ def ask_all(pruners: list[Pruner], anatomy: ModelAnatomy, target: Target, steps:
 
     Raises:
         Refused: with the first reason given.
+        PluginError: a pruner raises when it is asked, or gives no answer.
     """
     for index, pruner in enumerate(pruners):
         facts = anatomy.facts(target, tuple(steps[:index]))
-        reason = (facts.misfit() if pruner.changes() & Changes.MASKS else None) or pruner.refuses(facts)
+        reason = (facts.misfit() if ask(pruner, "changes") & Changes.MASKS else None) or ask(pruner, "refuses", facts)
         if reason:
             raise Refused(reason)
 
@@ -197,6 +199,8 @@ def classify(error: BaseException, step: str | None) -> Failure:
         message = machine.portable(str(error).strip()) or name
     except Exception:  # noqa: BLE001 - a stranger's exception may fail at telling what it is
         message = name
+    if isinstance(error, SystemExit):
+        message = f"sys.exit was called, with {message!r}." if error.args else "sys.exit was called."
     return Failure(kind=kind, type=name, message=message[:2000], step=step)
 
 

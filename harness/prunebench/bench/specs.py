@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from prunebench.answers import ask, ask_all_of
 from prunebench.bench.machine import portable
 from prunebench.bench.suite import Calibration
 from prunebench.options import Step, canonical, parse_step
@@ -57,13 +58,13 @@ class Method:
         """What any of its steps reads."""
         found = Needs(0)
         for pruner in self.pruners:
-            found |= pruner.needs()
+            found |= ask(pruner, "needs")
         return found
 
     @property
     def is_dense(self) -> bool:
         """Whether no step lays a mask, so that the target is `dense`."""
-        return not any(pruner.changes() & Changes.MASKS for pruner in self.pruners)
+        return not any(ask(pruner, "changes") & Changes.MASKS for pruner in self.pruners)
 
     @property
     def is_seeded(self) -> bool:
@@ -76,9 +77,12 @@ def build_method(steps: Sequence[str | Step], registry: Registry) -> Method:
 
     Raises:
         RequestError: an unknown name or option, or a value that does not fit.
+        PluginError: a pruner says what no pruner says of itself.
     """
     parsed = [step if isinstance(step, Step) else parse_step(step) for step in steps]
     pruners = [registry.pruner(step) for step in parsed]
+    for pruner in pruners:
+        ask_all_of(pruner)
     specs = tuple(StepSpec(text=canonical(pruner.name, pruner), revision=pruner.revision) for pruner in pruners)
     return Method(pruners, specs)
 
@@ -166,7 +170,12 @@ class AskedEval:
 def eval_specs(
     evals: Sequence[AskedEval], identity: ModelIdentity, dtype: str, folder: Path, reloaded: bool = False
 ) -> tuple[EvalSpec, ...]:
-    """The evaluations with their conditions: what the evaluation says, and what all of them depend on."""
+    """The evaluations with their conditions: what the evaluation says, and what all of them depend on.
+
+    Raises:
+        DataError: the data of one cannot be had.
+        PluginError: one gives no conditions.
+    """
     facts = eval_facts(identity, folder)
     common: JsonDict = {
         "weights": identity.weights,
@@ -180,7 +189,7 @@ def eval_specs(
         EvalSpec(
             text=portable(asked.text),
             revision=asked.evaluation.revision,
-            conditions={"eval": asked.evaluation.name, **asked.evaluation.conditions(facts), **common},
+            conditions={"eval": asked.evaluation.name, **ask(asked.evaluation, "conditions", facts), **common},
         )
         for asked in evals
     )

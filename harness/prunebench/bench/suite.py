@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-import prunebench
 from prunebench.errors import RequestError, UnknownNameError
+from prunebench.shipped import suites_folder as suites_folder  # suites start there: whoever reads one finds it here
 
 MAX_SUITE_BYTES = 1 << 20
 
@@ -140,13 +140,6 @@ def with_dense(suite: Suite) -> Suite:
     if any(tuple(map(str.strip, entry.steps)) == ("dense",) for entry in suite.method):
         return suite
     return suite.model_copy(update={"method": (MethodEntry(steps=("dense",)), *suite.method)})
-
-
-def suites_folder() -> Path:
-    """Where the shipped suites are: in the wheel beside the package, in a clone at the top."""
-    package = Path(prunebench.__file__).parent
-    shipped = package / "benchmarks"
-    return shipped if shipped.is_dir() else package.parents[1] / "benchmarks"
 
 
 def shipped_suites() -> dict[str, Path]:

@@ -23,24 +23,39 @@ Nothing here needs pytest but `parametrize_with_checks`, nor the evaluation stac
 """
 
 from prunebench.testing.checks import (
-    CHECKS,
     TARGETS,
-    check_batch_splits,
     check_declared_changes,
-    check_nothing_left,
-    check_refuses_first,
-    check_same_seed,
+    check_earlier_zeros,
+    check_odd_shapes,
     check_saves,
     check_target_met,
     check_zero_sparsity,
 )
+from prunebench.testing.claims import check_channels_commute, check_nested, check_pruned_prefix, check_rows_commute
+from prunebench.testing.conduct import (
+    check_batch_splits,
+    check_nothing_left,
+    check_refuses_first,
+    check_same_seed,
+    check_silent,
+    check_streaming,
+)
 from prunebench.testing.models import FAMILIES, make_job, random_tokens, tiny_model
-from prunebench.testing.running import CheckResult, Excuses, cases, check_pruner, parametrize_with_checks
+from prunebench.testing.running import (
+    CHECKS,
+    CheckResult,
+    Excuses,
+    cases,
+    check_pruner,
+    parametrize_with_checks,
+)
+from prunebench.testing.trained import QUICKSTART, check_better_than_random
 from prunebench.testing.trial import CheckFailed, Declined, Factory
 
 __all__ = [
     "CHECKS",
     "FAMILIES",
+    "QUICKSTART",
     "TARGETS",
     "CheckFailed",
     "CheckResult",
@@ -49,12 +64,21 @@ __all__ = [
     "Factory",
     "cases",
     "check_batch_splits",
+    "check_better_than_random",
+    "check_channels_commute",
     "check_declared_changes",
+    "check_earlier_zeros",
+    "check_nested",
     "check_nothing_left",
+    "check_odd_shapes",
+    "check_pruned_prefix",
     "check_pruner",
     "check_refuses_first",
+    "check_rows_commute",
     "check_same_seed",
     "check_saves",
+    "check_silent",
+    "check_streaming",
     "check_target_met",
     "check_zero_sparsity",
     "make_job",

@@ -26,6 +26,9 @@ from prunebench.toolkit.placement import Resident
 SAMPLES = 7
 LENGTH = 8
 
+INNER = 40
+"""The width inside the MLPs, and of nothing else."""
+
 _DEPTH = 2
 _WINDOW = 4
 _NOISE = 0.25
@@ -89,7 +92,9 @@ _FAMILIES = {
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
-def tiny_model(family: str = "llama", *, inner: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", *, inner: int = INNER, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """A random model of two blocks in eval mode on the host; every call returns one of its own.
 
     Args:
@@ -134,6 +139,8 @@ def make_job(
     target: Target | None = None,
     *,
     tokens: torch.Tensor | None = None,
+    training: torch.Tensor | None = None,
+    validation: torch.Tensor | None = None,
     batch_size: int = 2,
     seed: int = 0,
     anatomy: ModelAnatomy | None = None,
@@ -148,6 +155,8 @@ def make_job(
         model: on the host, or where `placement` works.
         target: 0.5 where none is given.
         tokens: calibration sequences [samples, length]; random where none are given.
+        training: windows [n, length]; random where none are given.
+        validation: windows [n, length]; random where none are given.
         batch_size: sequences at a time.
         seed: handed over only where the pruner declares to use it, as in a run.
         anatomy: of this model, with the masks that earlier steps left; found now where none is given.
@@ -159,6 +168,8 @@ def make_job(
     anatomy = anatomy or find_anatomy(model)
     calibration = random_tokens(model, seed=1) if tokens is None else tokens
     trains = bool(needs & Needs.TRAINING)
+    training = random_tokens(model, seed=2) if training is None else training
+    validation = random_tokens(model, seed=3) if validation is None else validation
     return Job(
         model=model,
         anatomy=anatomy,
@@ -174,6 +185,6 @@ def make_job(
         attach=anatomy.adapters.attach,
         artefact=lambda name, make: make(),  # noqa: ARG005 - nothing is kept between jobs
         calibration_tokens=calibration if needs & (Needs.CALIBRATION | Needs.GRADIENTS) else None,
-        training_tokens=random_tokens(model, seed=2) if trains else None,
-        validation_tokens=random_tokens(model, seed=3) if trains else None,
+        training_tokens=training if trains else None,
+        validation_tokens=validation if trains else None,
     )

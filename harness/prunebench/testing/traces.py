@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunebench.toolkit.placement import Resident
-
 _TENSORS = {"_parameters", "_buffers", "_modules"}
 _KEPT_BY_TORCH = {"_is_full_backward_hook"}
 """Set by registering a backward hook, and not unset by removing it."""
@@ -64,22 +62,6 @@ class Traces:
                 yield f"left the model's config changed: {key} is {config.get(key)!r} and {was} {wanted.get(key)!r}"
         if _global_hooks() != self._global_hooks:
             yield "left a hook on all modules of the process"
-
-
-class Counted(Resident):
-    """A placement that knows which blocks were brought and not released: an open walk holds one."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu")
-        self.held: list[nn.Module] = []
-
-    def bring(self, module: nn.Module) -> None:
-        """Remember the block."""
-        self.held.append(module)
-
-    def release(self, module: nn.Module) -> None:
-        """Forget it."""
-        self.held = [other for other in self.held if other is not module]
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 from unittest import SkipTest
 
 import torch
@@ -17,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from prunebench.options import canonical
 from prunebench.spec import Changes, JsonDict, Pruner
 from prunebench.targets import NM, Dense, Target, Unstructured
-from prunebench.testing.models import make_job, tiny_model
-from prunebench.testing.traces import Counted
+from prunebench.testing.models import INNER, make_job, tiny_model
+from prunebench.testing.placements import Counted
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.masks import keep_mask
+from prunebench.toolkit.placement import Resident
 from prunebench.toolkit.state import guarded
 
 Factory = Callable[[], Pruner]
@@ -45,13 +48,29 @@ class Task:
     target: Target
     earlier: Target | None = None
     """An earlier step removed so much of each row, or group, at random."""
+    inner: int = INNER
+    """The width inside the MLPs."""
 
     def __str__(self) -> str:
-        return f"{self.target} after an earlier step at {self.earlier}" if self.earlier else str(self.target)
+        after = f" after an earlier step at {self.earlier}" if self.earlier else ""
+        return f"{self.target}{after}" + (f" with an inner width of {self.inner}" if self.inner != INNER else "")
 
 
 class Trial:
-    """A pruner's instance, a model of its own, and the job."""
+    """A pruner's instance, a model of its own, and the job.
+
+    Args:
+        make: makes the pruner, unless `pruner` is given.
+        family: of the tiny model, unless `model` is given.
+        task: what is asked.
+        dtype: of the tiny model.
+        batch_size: sequences at a time.
+        pruner: an instance that is used again.
+        model: another than the tiny one; the step works on it.
+        placement: one that knows which blocks it holds where none is given.
+        lay: does to the model what an earlier step did; `task.earlier` at random where none is given.
+        texts: token arrays for `make_job`, by argument.
+    """
 
     def __init__(
         self,
@@ -62,10 +81,14 @@ class Trial:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 3,
         pruner: Pruner | None = None,
+        model: PreTrainedModel | None = None,
+        placement: Resident | None = None,
+        lay: Callable[[ModelAnatomy], None] | None = None,
+        texts: Mapping[str, Any] | None = None,
     ) -> None:
         self.pruner = make() if pruner is None else pruner
         self.task = task
-        self.model = tiny_model(family, dtype=dtype)
+        self.model = tiny_model(family, inner=task.inner, dtype=dtype) if model is None else model
         self.anatomy = find_anatomy(self.model)
         self.dense = DenseWeights(self.anatomy)
         self.notes: JsonDict = {}
@@ -74,7 +97,11 @@ class Trial:
         """Global state that `prune` left changed."""
         self.written = io.StringIO()
         self.warned: list[str] = []
-        if task.earlier:
+        self.logged: list[str] = []
+        """What any logger said at the level of warnings or above, whoever shows it."""
+        if lay:
+            lay(self.anatomy)
+        elif task.earlier:
             generator = torch.Generator().manual_seed(4)
             for matrix in self.anatomy.matrices:
                 matrix.keep(keep_mask(torch.rand(matrix.shape, generator=generator), task.earlier, "row"))
@@ -85,14 +112,16 @@ class Trial:
             batch_size=batch_size,
             anatomy=self.anatomy,
             dense=self.dense,
-            placement=self.placement,
+            placement=placement or self.placement,
             notes=self.notes,
+            **(texts or {}),
         )
 
     @property
     def group(self) -> str:
         """In which the target is exact: the pruner's own, or the earlier step's where only that made masks."""
-        return self.pruner.audit_group() if self.pruner.changes() & Changes.MASKS else "row"
+        own = self.pruner.audit_group() if self.pruner.changes() & Changes.MASKS else "earlier"
+        return "row" if own == "earlier" else own
 
     def prune(self) -> Trial:
         """Take the step; global state is restored afterwards, and what the step changed, wrote and warned of is remembered.
@@ -101,7 +130,13 @@ class Trial:
             CheckFailed: the pruner raises.
         """
         quiet = redirect_stdout(self.written), redirect_stderr(self.written)
-        with quiet[0], quiet[1], guarded(self.state_changed), warnings.catch_warnings(record=True) as warned:
+        with (
+            quiet[0],
+            quiet[1],
+            guarded(self.state_changed),
+            _overheard(self.logged),
+            warnings.catch_warnings(record=True) as warned,
+        ):
             warnings.simplefilter("always")  # whatever the test run makes of warnings, they break one law, not all
             try:
                 self.pruner.prune(self.job)
@@ -121,6 +156,24 @@ class Trial:
 
 
 @contextmanager
+def _overheard(said: list[str]) -> Iterator[None]:
+    """Take note of what loggers say: a handler may write to a stream that was opened long before, or be pytest's."""
+    make = logging.getLogRecordFactory()
+
+    def noted(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.levelno >= logging.WARNING:
+            said.append(record.getMessage())
+        return record
+
+    logging.setLogRecordFactory(noted)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+
+
+@contextmanager
 def failing() -> Iterator[None]:
     """Make whatever is raised inside a `CheckFailed`, so that an excuse covers it; also a decorator."""
     try:
@@ -133,26 +186,37 @@ def failing() -> Iterator[None]:
         raise CheckFailed(f"{type(error).__name__}: {error}") from error
 
 
-def tasks(make: Factory, family: str, targets: Sequence[Target]) -> list[Task]:
-    """What the pruner accepts: the targets; for one that makes no masks `dense`, and the targets left by an earlier step.
+def tasks(
+    make: Factory, family: str, targets: Sequence[Target], inner: int = INNER, model: PreTrainedModel | None = None
+) -> list[Task]:
+    """What the pruner accepts: the targets, left by an earlier step if it refuses all without one; for one that makes no masks
+    `dense`, and the targets left by an earlier step.
 
     Raises:
         Declined: it refuses all of them.
     """
-    pruner = make()
+    pruner, reasons = make(), list[str | None]()
+    left = [Task(target, target, inner) for target in targets]
     masks = bool(pruner.changes() & Changes.MASKS)
-    wanted = [Task(target) for target in targets] if masks else [Task(Dense()), *(Task(t, earlier=t) for t in targets)]
-    reasons = {task: refusal(pruner, tiny_model(family), task) for task in wanted}
-    accepted = [task for task, reason in reasons.items() if reason is None]
-    if not accepted:
-        raise Declined(f"{label(make)} refuses {family}: {next(iter(reasons.values()))}")
-    return accepted
+    model = tiny_model(family, inner=inner) if model is None else model
+    for wanted in [[Task(target, None, inner) for target in targets], left] if masks else [[Task(Dense(), None, inner), *left]]:
+        found = [refusal(pruner, model, task) for task in wanted]
+        if None in found:
+            return [task for task, reason in zip(wanted, found, strict=True) if reason is None]
+        reasons += found
+    raise Declined(f"{label(make)} refuses {family}: {reasons[0]}")
 
 
 def refusal(pruner: Pruner, model: PreTrainedModel, task: Task) -> str | None:
     """Why the harness, or the pruner, declines the task, or None."""
     facts = find_anatomy(model).facts(task.target, ("earlier",) if task.earlier else ())
     return (facts.misfit() if pruner.changes() & Changes.MASKS else None) or pruner.refuses(facts)
+
+
+def first_of_each(accepted: Sequence[Task]) -> list[Task]:
+    """The first unstructured task and the first N:M one; of a step that makes no masks, those that it was left."""
+    first = {type(task.target): task for task in reversed(accepted) if not isinstance(task.target, Dense)}
+    return [task for task in accepted if task in first.values()]
 
 
 def lighter(target: Target) -> Target | None:

@@ -182,7 +182,12 @@ WRONG = {
     ),
     "results under a file": ("run small.toml --results file/results", "the results folder file/results cannot be written"),
     "results is a file": ("run small.toml --results file", "the results folder file cannot be written"),
-    "board under a file": ("report --out file/board.md", "file/board.md cannot be written"),
+    "board under a file": ("report --results . --out file/board.md", "file/board.md cannot be written"),
+    "board of no folder": ("report --results nosuch --out board.md", "there is no folder nosuch, so there are no records"),
+    "time limit of this process": (
+        "run small.toml --executor inline --timeout 9",
+        "--timeout needs --executor subprocess: nothing can stop",
+    ),
     "no GPU": ("run small.toml --device cuda:99", "the device cuda:99 is not there: this machine has"),
     "unknown device": ("run small.toml --device tpu", "--device is cpu, cuda or cuda:N, not 'tpu'."),
     "device of another kind": ("eval tiny --device meta", "--device is cpu, cuda or cuda:N, not 'meta'."),
@@ -484,6 +489,7 @@ def test_report_of_one_section_and_as_a_picture(done: list[RunRecord], command: 
 
 
 def test_report_without_records(command: Command) -> None:
+    Path("results").mkdir()
     ran = command("report", "--out", "board.md")
     assert (ran.code, ran.err) == (0, "")
     assert "There are no results yet" in ran.out

@@ -102,6 +102,8 @@ def report(
     from prunebench.results.published import load_published
     from prunebench.show import draw_board, print_board
 
+    if not results.is_dir():
+        raise RequestError(f"there is no folder {results}, so there are no records to make a board of.")
     revisions = load_registry().revisions()
     store = open_store(results)
     latest = store.latest()

@@ -68,6 +68,8 @@ def run(
     from prunebench.bench.sweep import split_settled, sweep
 
     chosen = make_executor(executor)
+    if timeout is not None and executor == "inline":
+        raise RequestError("--timeout needs --executor subprocess: nothing can stop a run that shares this process.")
     store = open_store(results)
     planner = _planner(suite, model, method, machine, device)
     if dry_run:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,10 +140,10 @@ ASKED = ["wanda", "magnitude", "random", "dense", "twin", "stranger[strength=0.2
 BUILT_IN = ("dense", "random", "magnitude")
 
 
-def install(folder: Path) -> None:
-    """Build the distributions and install them into one folder, without network."""
-    projects = [folder / "sources" / distribution for distribution in DISTRIBUTIONS]
-    for project, plugins in zip(projects, DISTRIBUTIONS.values(), strict=True):
+def install(folder: Path, distributions: Mapping[str, Mapping[str, str]]) -> Path:
+    """Build the distributions and install them without network into one folder, which is returned."""
+    projects = [folder / "sources" / distribution for distribution in distributions]
+    for project, plugins in zip(projects, distributions.values(), strict=True):
         modules = {name: "plugin_" + name.replace("-", "_") for name in plugins}
         for name, module in modules.items():
             (project / module).mkdir(parents=True)
@@ -165,9 +166,7 @@ packages = {json.dumps(list(modules.values()))}
     offline = "--no-index --no-build-isolation --no-deps --no-compile"
     command = [sys.executable, "-m", "pip", "install", *options.split(), *offline.split()]
     subprocess.run([*command, "--target", folder / "crowd", *projects], check=True, capture_output=True, text=True)
-    (folder / "alone").mkdir()
-    for part in (folder / "crowd").glob("*_good*"):  # its package and its metadata
-        (folder / "alone" / part.name).symlink_to(part)
+    return folder / "crowd"
 
 
 def load(installed: Path) -> str:
@@ -188,7 +187,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with filelock.FileLock(folder.with_suffix(".lock")):
         kept = folder.with_suffix(".json")
         if not kept.exists():
-            install(folder)
+            crowd = install(folder, DISTRIBUTIONS)
+            (folder / "alone").mkdir()
+            for part in crowd.glob("*_good*"):  # its package and its metadata
+                (folder / "alone" / part.name).symlink_to(part)
             kept.write_text(json.dumps({name: json.loads(load(folder / name)) for name in ("alone", "crowd")}))
         return json.loads(kept.read_text())
 

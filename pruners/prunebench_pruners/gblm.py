@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prunebench.spec import Job, Needs, Pruner, option
+from prunebench.spec import Claims, Job, Needs, Pruner, option
 from prunebench.toolkit import InputNorm, gradient_scores, keep_mask, loss_gradients, walk
 
 
@@ -40,6 +40,10 @@ class Gblm(Pruner):
     def needs(self) -> Needs:
         """Weights, calibration text and gradients of the loss on it."""
         return Needs.WEIGHTS | Needs.CALIBRATION | Needs.GRADIENTS
+
+    def claims(self) -> Claims:
+        """A gradient depends on all rows of a matrix, and on the model as it was before the step; without any it is Wanda."""
+        return Claims.CHANNELS if self.alpha else Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
 
     def prune(self, job: Job) -> None:
         """One backward pass of each sample through the whole model, and then Wanda with another score."""

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prunebench.spec import Changes, Job, JobFacts, Needs, Pruner, option
+from prunebench.spec import Changes, Claims, Job, JobFacts, Needs, Pruner, option
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import Retraining, keep_mask, magnitude_scores, report, retrain
 
@@ -52,6 +52,10 @@ class Imp(Pruner):
     def audit_group(self) -> str:
         """As the option says."""
         return self.group
+
+    def claims(self) -> Claims:
+        """One-shot masks are those of magnitude; later rounds see what retraining made, out of the whole model and rounding."""
+        return Claims.ROWS | Claims.CHANNELS | Claims.NESTED | Claims.PREFIX if self.rounds == 1 else Claims.NOTHING
 
     def refuses(self, facts: JobFacts) -> str | None:
         """What retraining refuses."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prunebench.spec import Job, Pruner, option
+from prunebench.spec import Claims, Job, Pruner, option
 from prunebench.toolkit import keep_mask, magnitude_scores, walk
 
 
@@ -28,6 +28,10 @@ class Magnitude(Pruner):
     def audit_group(self) -> str:
         """As the option says."""
         return self.group
+
+    def claims(self) -> Claims:
+        """An entry's score is its own: all of them."""
+        return Claims.ROWS | Claims.CHANNELS | Claims.NESTED | Claims.PREFIX
 
     def prune(self, job: Job) -> None:
         """One look at each matrix."""

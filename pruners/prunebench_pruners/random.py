@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from prunebench.spec import Job, Needs, Pruner
+from prunebench.spec import Claims, Job, Needs, Pruner
 from prunebench.toolkit import keep_mask, phase, walk
 
 
@@ -24,6 +24,10 @@ class RandomPruner(Pruner):
     def needs(self) -> Needs:
         """The weights' shapes and a seed."""
         return Needs.WEIGHTS | Needs.SEED
+
+    def claims(self) -> Claims:
+        """The noise is the same whatever the target and the weights; it belongs to places, so it follows no permutation."""
+        return Claims.NESTED | Claims.PREFIX
 
     def prune(self, job: Job) -> None:
         """Draw on the host, so that the masks are the same on every device."""

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from prunebench.errors import RunError
-from prunebench.spec import Changes, Job, JobFacts, Matrix, Needs, Pruner, option
+from prunebench.spec import Changes, Claims, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.targets import NM, Unstructured
 from prunebench.toolkit import Block, Gram, InputNorm, keep_mask, walk, wanda_scores
 from prunebench.toolkit.least_squares import (
@@ -67,6 +67,10 @@ class SparseGpt(Pruner):
     def audit_group(self) -> str:
         """Slabs for its own mask, rows for Wanda's."""
         return f"columns:{self.block_size}" if self.mask == "own" else "row"
+
+    def claims(self) -> Claims:
+        """Rows are swept apart; columns in order, so not by channels; a mask that is given is not its own."""
+        return Claims.NOTHING if self.mask == "given" else Claims.ROWS | Claims.PREFIX
 
     def refuses(self, facts: JobFacts) -> str | None:
         """Slabs that cut groups, a mask that nobody gives."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunebench.spec import Job, Needs, Pruner
+from prunebench.spec import Claims, Job, Needs, Pruner
 from prunebench.toolkit import InputNorm, keep_mask, walk, wanda_scores
 
 
@@ -26,6 +26,10 @@ class Wanda(Pruner):
     def needs(self) -> Needs:
         """Weights and calibration text."""
         return Needs.WEIGHTS | Needs.CALIBRATION
+
+    def claims(self) -> Claims:
+        """Not nested: sparser blocks hand other inputs to those behind them."""
+        return Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
 
     def prune(self, job: Job) -> None:
         """One pass of the calibration set through each block, and one through the pruned block."""

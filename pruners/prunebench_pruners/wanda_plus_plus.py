@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prunebench.spec import Changes, Job, Matrix, Needs, Pruner, option
+from prunebench.spec import Changes, Claims, Job, Matrix, Needs, Pruner, option
 from prunebench.toolkit import Block, InputNorm, Replica, gradient_scores, keep_mask, walk, wanda_scores
 from prunebench.toolkit.regional import Findings, Student
 
@@ -72,6 +72,11 @@ class WandaPlusPlus(Pruner):
     def changes(self) -> Changes:
         """The mask, and with RO what survives."""
         return Changes.MASK_GROWS | Changes.KEPT_WEIGHTS if self.trains else Changes.MASK_GROWS
+
+    def claims(self) -> Claims:
+        """Gradients and RO couple rows; without both it is Wanda. A block that comes pruned is its own teacher: RO leaves it."""
+        coupled = self.trains or (self.rgs and self.alpha > 0)
+        return Claims.CHANNELS | Claims.PREFIX | (Claims.NOTHING if coupled else Claims.ROWS)
 
     def prune(self, job: Job) -> None:
         """One backward pass through each block for the score; then its masks at once, or after the rounds of RO."""

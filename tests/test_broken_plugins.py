@@ -229,7 +229,7 @@ PLANNED = {
     "needs number": ("hostile[needs_how=number]", f"needs() of {WHO} answers 7, and not a Needs."),
     "audit_group text": (
         "hostile[audit_group_how=text]",
-        f"audit_group() of {WHO} answers 'whatever', and not row, matrix, model or columns:N.",
+        f"audit_group() of {WHO} answers 'whatever', and not row, matrix, model, columns:N or earlier.",
     ),
     "build": ("hostile[build_how=raise]", "Hostile, which is hostile, cannot be built: ZeroDivisionError: on purpose."),
 }

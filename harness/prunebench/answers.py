@@ -11,7 +11,7 @@ from prunebench.errors import PluginError, PrunebenchError, described
 from prunebench.plugins import load_registry
 from prunebench.spec import Changes, Claims, Eval, Needs, Pruner
 
-GROUPS = re.compile(r"row|matrix|model|columns:[1-9]\d*")
+GROUPS = re.compile(r"row|matrix|model|columns:[1-9]\d*|earlier")
 """Answers of `Pruner.audit_group`."""
 
 
@@ -33,7 +33,7 @@ QUESTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "claims": (lambda answer: isinstance(answer, Claims), "a Claims"),
     "audit_group": (
         lambda answer: isinstance(answer, str) and GROUPS.fullmatch(answer) is not None,
-        "row, matrix, model or columns:N",
+        "row, matrix, model, columns:N or earlier",
     ),
     "refuses": (
         lambda answer: answer is None or (isinstance(answer, str) and bool(answer.strip())),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -45,6 +47,26 @@ def check(
         _print_report(report)
     if report.counts["failed"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The pruner's name, and its package's.")],
+    folder: Annotated[Path, typer.Option("--dir", help="The folder that gets the package's.", show_default=True)] = Path(),
+) -> None:
+    """Write a small installable package with a pruner that works, its tests, and what to type next.
+
+    Example: prunebench new my-pruner
+    """
+    from prunebench.scaffold import write_package
+
+    written = write_package(name, folder)
+    terminal.print(f"Written to {escape(str(written.folder))}:")
+    for file in written.files:
+        terminal.print(f"  {escape(file)}")
+    terminal.print("\nNext:", style="bold")
+    for command in (f"cd {shlex.quote(str(written.folder))}", *written.commands):
+        terminal.print(f"  {escape(command)}", soft_wrap=True)
 
 
 def _print_report(report: Report) -> None:

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prunebench.spec import Changes, Job, JobFacts, Needs, Pruner, hookimpl, option
+from prunebench.spec import Changes, Claims, Job, JobFacts, Needs, Pruner, hookimpl, option
 from prunebench.targets import NM
 from prunebench.toolkit import InputNorm, Statistic, keep_mask, phase, walk, wanda_scores
 
@@ -49,6 +49,10 @@ class Ria(Pruner):
     def needs(self) -> Needs:
         """Weights and calibration text."""
         return Needs.WEIGHTS | Needs.CALIBRATION
+
+    def claims(self) -> Claims:
+        """As Wanda's; sums over a row or a column do not depend on the order of the others."""
+        return Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
 
     def audit_group(self) -> str:
         """As the option says."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from prunebench.spec import Job, JobFacts, Pruner, hookimpl
+from prunebench.spec import Claims, Job, JobFacts, Pruner, hookimpl
 from prunebench.targets import NM, Unstructured
 from prunebench.toolkit import phase
 
@@ -23,6 +23,10 @@ class TorchL1(Pruner):
     """Remove the entries of smallest magnitude among those of all matrices, by torch.nn.utils.prune."""
 
     name: ClassVar[str] = "torch-l1"
+
+    def claims(self) -> Claims:
+        """One order of all entries; no block is on its own."""
+        return Claims.ROWS | Claims.CHANNELS | Claims.NESTED
 
     def audit_group(self) -> str:
         """All matrices together."""

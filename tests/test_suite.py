@@ -354,6 +354,8 @@ WRONG = {
     "word for a list": (edited('["0.5", "4:8"]', '"0.5"'), "at grid.targets: input should be a valid list"),
     "one section for a list": (edited("[[model]]", "[model]"), "at model: input should be a valid list"),
     "list for one section": (edited("[grid]", "[[grid]]"), "at grid: input should be"),
+    "number in quotes": (edited("samples = 4", 'samples = "4"'), "at calibration.samples: input should be a valid integer"),
+    "truth for a number": (edited("samples = 4", "samples = true"), "at calibration.samples: input should be a valid integer"),
     "no samples": (edited("samples = 4", "samples = 0"), "at calibration.samples: input should be greater than or equal to 1"),
     "short sequences": (
         edited("length = 16", "length = 1"),

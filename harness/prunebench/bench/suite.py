@@ -16,7 +16,9 @@ MAX_SUITE_BYTES = 1 << 20
 MAX_SEED = 2**32 - 1
 """What every generator of random numbers takes, also where a method makes several seeds of one."""
 
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+"""A number, not a text that reads as one, nor `true`."""
 
 
 class _Section(BaseModel):
@@ -27,7 +29,7 @@ class SuiteHead(_Section):
     """Name and version: what a board says its rows come from."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")]
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Count = 1
 
 
 class ModelEntry(_Section):
@@ -61,8 +63,8 @@ class Calibration(_Section):
     """Calibration text, sampled as `methods.md` 1.2 says."""
 
     source: str
-    samples: Annotated[int, Field(ge=1)] = 128
-    length: Annotated[int, Field(ge=0)] = 2048
+    samples: Count = 128
+    length: Annotated[int, Field(strict=True, ge=0)] = 2048
     """Tokens a sequence; 0 is the model's context, at most 2048."""
 
     @model_validator(mode="after")
@@ -76,7 +78,7 @@ class Training(_Section):
     """Training text, for steps that train: packed windows of the calibration length."""
 
     source: str
-    tokens: Annotated[int, Field(ge=1)]
+    tokens: Count
 
 
 class Validation(_Section):
@@ -115,9 +117,9 @@ class Grid(_Section):
 class Limits(_Section):
     """Resources of a run."""
 
-    threads: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    threads: Count | None = None
+    batch_size: Count = 8
+    timeout: Annotated[float, Field(strict=True, gt=0)] | None = None
 
 
 class Suite(_Section):

@@ -55,11 +55,13 @@ class PruneOptions:
 
 
 def narrowed(suite: Suite, models: list[str], methods: list[str]) -> Suite:
-    """A suite with its models or methods replaced by those of the command line."""
+    """A suite with its models or methods replaced by those of the command line, where folders are of the working folder."""
     changes: dict[str, object] = {}
     if models:
         dtype = suite.model[0].dtype
-        changes["model"] = tuple(_model_entry(name, dtype) for name in models)
+        folders = [Path(name).expanduser().resolve() for name in models]
+        found = [str(path) if path.is_dir() else name for path, name in zip(folders, models, strict=True)]
+        changes["model"] = tuple(_model_entry(name, dtype) for name in found)
     if methods:
         changes["method"] = tuple(MethodEntry(steps=tuple(split_steps(method))) for method in methods)
     return suite.model_copy(update=changes)

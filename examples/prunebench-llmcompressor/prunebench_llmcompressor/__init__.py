@@ -5,8 +5,9 @@ environment of its own: `PRUNEBENCH_LLMCOMPRESSOR_PYTHON` names that environment
 over as files, `worker.py` runs there, and the pruned weights come back. Where llm-compressor is installed beside prunebench, no
 variable is needed.
 
-Seconds and memory of a record include starting the other interpreter, and not its memory; the notes have the peer's own:
-`seconds of llm-compressor` is its `oneshot` call alone, `peak host GiB of llm-compressor` that of its process.
+A record's seconds include starting the other interpreter, and its memory is that of our process alone. The notes have the
+peer's own: `seconds of llm-compressor` and `CPU seconds of llm-compressor` are those of its `oneshot` call, `peak host GiB of
+llm-compressor` is its process's.
 """
 
 from __future__ import annotations
@@ -92,15 +93,7 @@ class _Peer(Pruner):
         with tempfile.TemporaryDirectory() as name, phase("other"):
             folder = Path(name)
             hand_over(folder, job, self.modifier(), [matrix.name for matrix in matrices])
-            hidden = {} if job.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-            threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(
-                [python, str(WORKER), str(folder)],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=os.environ | threads | hidden,
-            )
+            done = run_worker(python, folder, job.device.type == "cuda")
             if done.returncode:
                 last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
                 raise RuntimeError(f"llm-compressor ended with exit code {done.returncode}: {last[:500]}")
@@ -125,6 +118,19 @@ def hand_over(folder: Path, job: Job, modifier: tuple[str, dict[str, Any]], name
     model.mkdir()
     job.model.config.to_json_file(model / "config.json", use_diff=False)
     save_model(job.model, str(model / "model.safetensors"), metadata={"format": "pt"})
+
+
+def run_worker(python: str, folder: Path, on_cuda: bool) -> subprocess.CompletedProcess[str]:
+    """Run `worker.py` on the folder, with our number of threads, and wait for its end."""
+    settings = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    settings |= {} if on_cuda else {"CUDA_VISIBLE_DEVICES": ""}
+    reading, writing = os.pipe()  # its other end closes when this process ends, however it ends, and the worker ends with it
+    try:
+        command, settings = [python, str(WORKER), str(folder)], os.environ | settings
+        return subprocess.run(command, stdin=reading, capture_output=True, text=True, check=False, env=settings)
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def nonzero(weight: torch.Tensor) -> torch.Tensor:

@@ -295,7 +295,7 @@ def test_the_standard_benchmark_takes_anybodys_model_and_method(folder: Path, mo
 def test_a_model_of_the_command_line_is_of_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     suite = narrowed(load_suite("standard-1"), ["./tiny", "quickstart/wiki7m"], [])
-    assert [entry.name for entry in suite.model] == [str((folder / "tiny").resolve()), "quickstart/wiki7m"]
+    assert [entry.name for entry in suite.model] == [str(folder / "tiny"), "quickstart/wiki7m"]
 
 
 def test_a_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

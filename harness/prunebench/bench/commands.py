@@ -59,7 +59,7 @@ def narrowed(suite: Suite, models: list[str], methods: list[str]) -> Suite:
     changes: dict[str, object] = {}
     if models:
         dtype = suite.model[0].dtype
-        folders = [Path(name).expanduser().resolve() for name in models]
+        folders = [Path(name).expanduser().absolute() for name in models]
         found = [str(path) if path.is_dir() else name for path, name in zip(folders, models, strict=True)]
         changes["model"] = tuple(_model_entry(name, dtype) for name in found)
     if methods:

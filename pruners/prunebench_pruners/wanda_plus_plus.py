@@ -74,7 +74,7 @@ class WandaPlusPlus(Pruner):
         return Changes.MASK_GROWS | Changes.KEPT_WEIGHTS if self.trains else Changes.MASK_GROWS
 
     def claims(self) -> Claims:
-        """Gradients and RO couple rows; without both it is Wanda. A block that comes pruned is its own teacher: RO leaves it."""
+        """Gradients and RO couple rows; without both it is Wanda. A block that comes pruned is its own teacher."""
         coupled = self.trains or (self.rgs and self.alpha > 0)
         return Claims.CHANNELS | Claims.PREFIX | (Claims.NOTHING if coupled else Claims.ROWS)
 

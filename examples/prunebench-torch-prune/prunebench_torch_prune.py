@@ -46,18 +46,19 @@ class TorchL1(Pruner):
         with phase("scoring"):
             parameters = [(matrix.module, "weight") for matrix in matrices]
             torch_prune.global_unstructured(parameters, torch_prune.L1Unstructured, amount=count)
-            masks = [matrix.oriented(matrix.module.weight_mask).bool() for matrix in matrices]
+            masks = [matrix.oriented(matrix.module.get_buffer("weight_mask")).bool() for matrix in matrices]
         for matrix, mask in zip(matrices, masks, strict=True):
-            torch_prune.remove(matrix.module, "weight")
+            torch_prune.remove(matrix.module, "weight")  # type: ignore[no-untyped-call]
             _bias_last(matrix.module)
             matrix.keep(mask)
 
 
 def _bias_last(module: nn.Module) -> None:
     """Weight before bias, as they were: `prune` and `remove` leave the weight behind the bias."""
-    bias = module.bias
-    del module.bias
-    module.register_parameter("bias", bias)
+    bias = dict(module.named_parameters()).get("bias")
+    if bias is not None:
+        del module.bias
+        module.register_parameter("bias", bias)
 
 
 @hookimpl

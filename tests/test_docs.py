@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,9 +27,11 @@ import pytest
 import typer.main
 from support import Bench, Ran, write_mirror
 
+from prunebench import testing
 from prunebench.bench.suite import Suite, load_suite, shipped_suites
 from prunebench.cli import program
 from prunebench.plugins import load_registry
+from prunebench.targets import NM
 from prunebench.testing import check_pruner
 
 ROOT = Path(__file__).parents[1]
@@ -338,7 +341,7 @@ def test_the_help_of_a_command_fits_a_terminal(name: str, command: Callable[...,
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     shown = command(name, "--help")
     assert shown.code == 0
-    assert [line for line in shown.out.splitlines() if len(line) > WIDTH] == []
+    assert max(map(len, shown.out.splitlines())) == WIDTH, "not wider, and it is made for this width"
     words = set(re.sub("[│╭╮╰╯─]", " ", shown.out).split())
     for parameter in app().commands[name].params:
         said = (parameter.help or "").replace("`", "").split()
@@ -360,8 +363,21 @@ def test_the_help_of_a_command_has_an_example(name: str) -> None:
 def test_the_programs_own_help_fits_a_terminal(command: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     shown = command("--help").out
-    assert [line for line in shown.splitlines() if len(line) > WIDTH] == []
+    assert max(map(len, shown.splitlines())) == WIDTH
     assert all(re.search(rf"│ {name} ", shown) for name in app().commands)
+
+
+def test_the_examples_of_the_conformance_kits_page_run(place: Place) -> None:
+    """They stand in the docstring that the reference shows."""
+    (place.folder / "my_plugin.py").write_text(
+        "from prunebench_pruners.magnitude import Magnitude\n\nclass Mine(Magnitude):\n    name = 'mine'\n"
+    )
+    place.names.update(tiny_model=testing.tiny_model, make_job=testing.make_job, NM=NM)
+    blocks = re.findall(r"\n\n((?: {4}.*\n|\n(?= {4}))+)", testing.__doc__ or "")
+    assert len(blocks) == 2
+    for block in blocks:
+        place.run_all(f"```python\n{textwrap.dedent(block)}```\n")
+    assert isinstance(place.names["pruner"], place.names["Mine"])
 
 
 def made_pages() -> dict[str, Callable[[], str]]:

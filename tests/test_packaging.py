@@ -109,8 +109,17 @@ def test_the_source_distribution_holds_what_a_developer_needs(built: Built) -> N
     with tarfile.open(built.sdist) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     folders = {name.partition("/")[0] for name in names}
-    assert {"harness", "pruners", "benchmarks", "tests", "docs"} <= folders
-    assert {"pyproject.toml", "hatch_build.py", "mkdocs.yml", "Makefile", "constraints.txt", "README.md", "LICENSE"} <= names
+    assert {"harness", "pruners", "benchmarks", "tests", "docs", "examples"} <= folders
+    assert {
+        "pyproject.toml",
+        "CONTRIBUTING.md",
+        "hatch_build.py",
+        "mkdocs.yml",
+        "Makefile",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    } <= names
     assert "tests/test_packaging.py" in names
     assert folders.isdisjoint({"results", "site", "dist", ".venv", ".git"}), "records have a place of their own"
     assert not [name for name in names if name.endswith(".pyc")]

@@ -224,6 +224,13 @@ class DropsLastBatch(FirstBatchOnly):
         return [batch for batch in found if len(batch) == len(found[0])]
 
 
+class DropsLastSequences(FirstBatchOnly):
+    """Stops a sequence short of the end of each batch."""
+
+    def batches(self, block: Any) -> list[torch.Tensor]:
+        return [batch[:-1] for batch in block.batches()]
+
+
 class GlobalRandom(Plain):
     """Draws from the global generator."""
 
@@ -682,6 +689,7 @@ WRONG: list[tuple[type[Plain], str, set[str], str]] = [  # where, the laws that 
     (AdaptsByChance, "llama", LEFT | {"same_seed"}, "factor of adapter 0 of model.layers.0.self_attn.k_proj"),
     (AdaptsByBatch, "llama", {"batch_splits"}, "in the adapter of model.layers.0.mlp.up_proj in float64"),
     (FirstBatchOnly, "llama", {"batch_splits"}, "batches of 3 and of 7 differ"),
+    (DropsLastSequences, "llama", {"batch_splits"}, "batches of 3 and of 7 differ"),
     (DropsLastBatch, "llama", {"batch_splits"}, "batches of 3 and of 7 differ"),
     (GlobalRandom, "llama", LEFT | {"same_seed"}, "with the same seed"),
     (SeedsGlobally, "llama", LEFT, "torch's random generator"),

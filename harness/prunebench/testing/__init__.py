@@ -1,4 +1,4 @@
-"""The conformance kit: laws that every pruner keeps, on tiny random models, for a plugin's own tests.
+"""The conformance kit: laws that every pruner keeps, for a plugin's own tests.
 
     from functools import partial
 
@@ -11,9 +11,37 @@
     def test_conformance(pruner, check, family):
         check(pruner, family)
 
-An excuse names a law (`CHECKS`), or a law and a family (`FAMILIES`); it must be true: a law that is kept may not be excused.
-Outside pytest, `check_pruner(Mine)` returns the results as a list. For tests of one's own there are `tiny_model`,
-`random_tokens` and `make_job`:
+Outside pytest, `check_pruner(Mine)` returns the results as a list, and `prunebench check mine` prints them. Methods that train
+for minutes are put to it with options that make them quick: `partial(Mine, steps=3)`.
+
+Laws on all twelve families of tiny random models (`FAMILIES`):
+
+* `target_met`: the zeros are exactly those of the target, in the group that `audit_group` names, and the audit agrees;
+* `declared_changes`: nothing differs in a bit that `changes` does not declare;
+* `nothing_left`: no hook, gradient, flag, attribute, setting, global state or open walk stays behind;
+* `saves`: the model is the same when it was saved and read back.
+
+Laws on two of them, llama and opt:
+
+* `odd_shapes`: the target is met where widths are no powers of two, and shares of them no whole numbers;
+* `zero_sparsity`: at a sparsity of 0 nothing is removed;
+* `earlier_zeros`: what an earlier step removed stays removed, unless MASK_MOVES is declared;
+* `same_seed`: the same job gives the same bits;
+* `batch_splits`: masks do not depend on the batch size, but for the last bits of sums, and in float64 not at all;
+* `streaming`: the same bits when blocks move to a device and back, one at a time;
+* `silent`: no output, no log, no warning;
+* `refuses_first`: what does not fit is refused, and being asked changes nothing;
+* `rows_commute`, `channels_commute`, `nested`, `pruned_prefix`: in float64, for those that claim it (`Pruner.claims`).
+
+And on the trained model that ships with the package (the family `quickstart`):
+
+* `better_than_random`: it loses clearly less than after random pruning, on text that the pruner has not seen.
+
+`cases()` lists these pairs. Families or laws that are named restrict them; with both, any law may be asked of any tiny family.
+A law that the pruner refuses everywhere, or does not claim, is `declined`, with the reason: not asked, which is not passed.
+
+An excuse names a law, or a law and a family; it must be true: a law that is kept may not be excused. For tests of one's own
+there are `tiny_model`, `random_tokens` and `make_job`:
 
     model = tiny_model("qwen3")
     pruner = Mine()

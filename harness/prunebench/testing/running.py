@@ -99,7 +99,7 @@ def cases(families: Sequence[str] | None = None, checks: Sequence[str] | None = 
         _known("law", check, CHECKS)
     for family in chosen:
         _known("family", family, (*FAMILIES, QUICKSTART))
-    asked = _possible if families is not None and checks is not None else _usual
+    asked = _rule(families, checks)
     found = [(check, family) for family in chosen for check in laws if asked(check, family)]
     if chosen and laws and not found:
         places = sorted({family for check in laws for family in (*FAMILIES, QUICKSTART) if asked(check, family)})
@@ -126,7 +126,7 @@ def check_pruner(
         UnknownNameError: a law or family that does not exist, also in an excuse, or an excuse for what is never asked.
     """
     asked = cases(families, checks)
-    _check_excuses(excuses or {}, asked)
+    _check_excuses(excuses or {}, _rule(families, checks))
     return [_result(make, check, family, _excuse(excuses or {}, check, family)) for check, family in asked]
 
 
@@ -154,7 +154,7 @@ def parametrize_with_checks(
     excuses = excuses or {}
     for name in excuses:
         _known("pruner under test", name, dict(makers))
-        _check_excuses(excuses[name], asked)
+        _check_excuses(excuses[name], _rule(families, checks))
     parameters = []
     for name, make in makers:
         for check, family in asked:
@@ -190,19 +190,23 @@ def _usual(check: str, family: str) -> bool:
     return _possible(check, family) and (check in EVERYWHERE or family in FEW or family == QUICKSTART)
 
 
+def _rule(families: Sequence[str] | None, checks: Sequence[str] | None) -> Callable[[str, str], bool]:
+    """Which pairs there are: whoever names both families and laws may ask more."""
+    return _usual if families is None or checks is None else _possible
+
+
 def _excuse(excuses: Excuses, check: str, family: str) -> str | None:
     return excuses.get(f"{check}/{family}") or excuses.get(check)
 
 
-def _check_excuses(excuses: Excuses, asked: Sequence[tuple[str, str]]) -> None:
+def _check_excuses(excuses: Excuses, asked: Callable[[str, str], bool]) -> None:
     """Refuse an excuse that nothing would ever hold against the facts; one for a case that is left out this time may stand."""
     for key in excuses:
         check, slash, family = key.partition("/")
         _known("law", check, CHECKS)
         if slash:
             _known("family", family, (*FAMILIES, QUICKSTART))
-            places = [place for place in (*FAMILIES, QUICKSTART) if _usual(check, place) or (check, place) in asked]
-            _known(f"family for {check}", family, places)
+            _known(f"family for {check}", family, [place for place in (*FAMILIES, QUICKSTART) if asked(check, place)])
 
 
 def _known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """Better than random: a law on the trained model that ships with the package, as random models have nothing to lose.
 
-wiki7m, its texts and this law are found by a path beside the package, in a clone and in an installed wheel. The losses are of
-text that nothing is calibrated on or trained with. On this model random pruning costs 1.4 nats at 0.5 with a standard
-deviation of 0.06 over seeds; magnitude, the plainest of methods, costs 0.03.
+wiki7m and its texts are found beside the package, in a clone and in an installed wheel. Losses are of text that nothing is
+calibrated on or trained with: 4.51 nats a token of the dense model, 6.12 after random pruning at 0.5 with a standard deviation
+of 0.06 over seeds, 4.55 after magnitude pruning, the plainest of methods.
 """
 
 from __future__ import annotations

@@ -381,6 +381,18 @@ def test_suites_that_made_the_rows_are_named() -> None:
     records = [make_record(suite="b"), make_record(make_spec("x"), suite="a"), make_record(make_spec("y"), suite=None)]
     assert "* Reproduce: `prunebench run a`, `prunebench run b`.\n" in page(*records)
     assert "Reproduce" not in page(make_record(suite=None))
+    asked = "prunebench run my/peers.toml --results there"
+    record = make_record(suite="peers")
+    record = record.model_copy(update={"provenance": record.provenance.model_copy(update={"command": asked})})
+    assert "* Reproduce: `prunebench run my/peers.toml`.\n" in page(record)
+
+
+def test_methods_of_other_packages_are_told() -> None:
+    record = make_record(make_spec("theirs"))
+    assert "Of other packages" not in page(record)
+    theirs = record.steps[0].model_copy(update={"distribution": "their-plugin", "version": "1.2.3"})
+    text = page(record.model_copy(update={"steps": [theirs]}), make_record())
+    assert f"* Of other packages: {theirs.pruner} (their-plugin 1.2.3).\n" in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ one row. Ranks are intervals and rest on paired tests (`rows.py`); where these c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,9 @@ from prunebench.results.comparison import LoadItems, Measured
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
+
+OWN_PACKAGE = "prunebench"
+"""The distribution of the built-in methods."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Section:
     baseline: float | None
     """The dense model's value."""
     suites: tuple[str, ...]
+    """As commands name them: shipped names, or files."""
+    strangers: tuple[str, ...]
+    """Methods that come with other packages, and which these are."""
     tables: tuple[Table, ...]
     unread: tuple[str, ...] = ()
     """Raw answers that could not be read, and why."""
@@ -194,10 +201,21 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         sample=first.score.sample,
         recipe=recipe,
         baseline=builder.baseline,
-        suites=tuple(sorted({e.record.provenance.suite for e in entries if e.record.provenance.suite})),
+        suites=tuple(sorted({_suite(e.record) for e in entries if e.record.provenance.suite})),
+        strangers=tuple(sorted({name for e in entries for name in _strangers(e.record)})),
         tables=tuple(tables),
         unread=tuple(dict.fromkeys(builder.unread)),
     )
+
+
+def _suite(record: RunRecord) -> str:
+    """What to give `prunebench run`: the file that was given, or the suite's name."""
+    given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
+    return given[1] if given else str(record.provenance.suite)
+
+
+def _strangers(record: RunRecord) -> list[str]:
+    return [f"{s.pruner} ({s.distribution} {s.version})" for s in record.steps if s.distribution != OWN_PACKAGE]
 
 
 def _training(entry: Measured) -> str:

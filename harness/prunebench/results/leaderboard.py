@@ -157,6 +157,8 @@ def section_notes(section: Section) -> list[str]:
             f"Calibration: {recipe.samples} x {recipe.length} tokens of {recipe.calibration.label()} "
             f"(recipe `{fingerprint(recipe)}`)."
         )
+    if section.strangers:
+        notes.append(f"Of other packages: {', '.join(section.strangers)}.")
     notes.append(f"Machine: {section.machine}.")
     if section.suites:
         notes.append("Reproduce: " + ", ".join(f"`prunebench run {suite}`" for suite in section.suites) + ".")

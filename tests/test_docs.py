@@ -27,7 +27,7 @@ import pytest
 import typer.main
 from support import Bench, Ran, write_mirror
 
-from prunebench import testing
+from prunebench import spec, testing
 from prunebench.bench.suite import Suite, load_suite, shipped_suites
 from prunebench.cli import program
 from prunebench.plugins import load_registry
@@ -382,11 +382,11 @@ def test_the_examples_of_the_conformance_kits_page_run(place: Place) -> None:
 
 def made_pages() -> dict[str, Callable[[], str]]:
     """The pages that the site makes."""
-    spec = importlib.util.spec_from_file_location("gen_reference", DOCS / "gen_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    found = importlib.util.spec_from_file_location("gen_reference", DOCS / "gen_reference.py")
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
     pages: dict[str, Callable[[], str]] = module.PAGES
     return pages
 
@@ -422,6 +422,12 @@ def test_the_methods_page_has_every_method_and_no_strangers() -> None:
     registry = load_registry()
     ours = [name for name, entry in [*registry.pruners.items(), *registry.evals.items()] if entry.distribution == "prunebench"]
     assert sorted(re.findall(r"^### (\S+)$", page, re.MULTILINE)) == sorted(ours)
+
+
+def test_the_contracts_page_has_every_public_name() -> None:
+    page = (DOCS / "reference" / "spec.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: prunebench\.spec\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(spec.__all__)
 
 
 @pytest.mark.slow

@@ -181,6 +181,12 @@ def test_the_wheel_lists_methods_evaluations_and_suites(installed: Path, tmp_pat
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.toml")} == set(listing["suites"])
 
 
+def test_the_wheel_writes_a_new_package(installed: Path, tmp_path: Path) -> None:
+    """Its templates are there."""
+    call(installed, tmp_path, "prunebench", "new", "their-best")
+    assert "their-best" in (tmp_path / "their-best" / "pyproject.toml").read_text()
+
+
 def test_the_wheel_runs_the_quickstart(installed: Path, tmp_path: Path) -> None:
     out = call(installed, tmp_path, "prunebench", "run", "quickstart", "--only", "magnitude", "--machine", "elsewhere")
     assert "4 ok, 0 refused, 0 failed; records in results." in out

@@ -319,6 +319,26 @@ def test_the_record_says_what_happened(how: str, swept: dict[str, RunRecord]) ->
     assert (failure.kind, failure.type, failure.message) == RUNS[how]
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    {
+        "raise": "prune raised at 0.5: ZeroDivisionError: on purpose",
+        "stop": "it raised Stop: enough, which ends the program.",
+        "exit": "it raised SystemExit: no licence, which ends the program.",
+        "crash": "the process ended with exit code 0 in the middle of the law.",
+        "kill": "the process was ended by SIGKILL.",
+        "hang": "it took longer than the limit of 3 seconds.",
+    }.items(),
+)
+def test_check_goes_on(how: str, said: str, here: None, command: Command) -> None:
+    limit = ("--timeout", "3") if how == "hang" else ()
+    laws = ("--family", "opt", "--check", "silent", "--check", "refuses_first")
+    ran = command("check", f"hostile[prune_how={how}]", *laws, *limit, "--json")
+    assert ran.code == 1
+    found = {result["check"]: (result["outcome"], result["message"]) for result in json.loads(ran.out)["results"]}
+    assert found == {"silent": ("failed", said), "refuses_first": ("passed", "")}
+
+
 def test_an_evaluation_that_gives_no_score(here: None, bench: Bench, tmp_path: Path, command: Command) -> None:
     asked = suite(bench, tmp_path, "magnitude", evals=["odd[measure_how=number]"])
     ran = command("run", asked, "--results", tmp_path / "results", "--executor", "inline")

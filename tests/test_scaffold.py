@@ -175,16 +175,17 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "PIP_NO_BUILD_ISOLATION": "0",  # so pip spells "without"
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads sleep, or processes starve each other on few cores
     }
 
 
 @pytest.mark.slow
 def test_a_stranger_gets_all_the_way(written: Path, environment: dict[str, str]) -> None:
-    """Exactly what is printed, but that the quickstart is cut to one of its targets."""
+    """Exactly what is printed, but that the quickstart is cut to one of its runs."""
     commands = scaffold.next_commands("my-pruner")
-    line = " && ".join([*commands[:-1], f"{commands[-1]} --only 0.5"])
+    line = " && ".join([*commands[:-1], f"{commands[-1]} --only '0.5, seed 0'"])
     ran = subprocess.run(line, shell=True, cwd=written, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     assert " passed" in ran.stdout
     assert " 0 failed, 0 excused" in ran.stdout
-    assert "3 ok, 0 refused, 0 failed" in ran.stdout
+    assert "1 ok, 0 refused, 0 failed" in ran.stdout

@@ -6,7 +6,6 @@ child.
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import tempfile
 import time
@@ -17,7 +16,17 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from prunebench.children import GRACE_SECONDS, POLL_SECONDS, end_child, ended_by, last_lines, settle_in
+from prunebench.children import (
+    GRACE_SECONDS,
+    POLL_SECONDS,
+    PRELOAD,
+    end_child,
+    ended_by,
+    forget_lines,
+    last_lines,
+    settle_in,
+    start_server,
+)
 from prunebench.errors import PluginError, described
 from prunebench.plugins import find_pruner
 from prunebench.spec import Pruner
@@ -86,7 +95,7 @@ def check(
         PluginError: the class is no pruner, or its excuses are none.
     """
     found = find_pruner(text)
-    _excuses(found.make)
+    check_pruner(found.make, excuses=_excuses(found.make), families=(), checks=())  # are the excuses for laws that there are?
     wanted = cases(families, checks)
     report = Report(found.label, found.distribution, found.version, found.make().revision)
     clock, watch = time.monotonic(), _Watch(text, timeout, started, len(wanted))
@@ -118,8 +127,7 @@ class _Watch:
 
     def __init__(self, text: str, timeout: float, started: Callable[[str, str, int, int], None], total: int) -> None:
         self._text, self._timeout, self._started, self._total = text, timeout, started, total
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["prunebench.bench.preload", "prunebench.testing"])
+        self._context = start_server(*PRELOAD)
         self.timeouts = 0
 
     def child(self, left: Sequence[Case]) -> list[Checked]:
@@ -187,6 +195,7 @@ def _work(pipe: multiprocessing.connection.Connection, text: str, left: Sequence
     make = find_pruner(text).make
     ask = partial(check_pruner, make, excuses=_excuses(make))
     for check_name, family in left:
+        forget_lines()
         pipe.send(None)
         try:
             [result] = ask(families=[family], checks=[check_name])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import signal
@@ -11,11 +13,25 @@ import sys
 import threading
 from pathlib import Path
 
+PRELOAD = ("prunebench.bench.preload", "prunebench.testing")
+"""What children that check a pruner have imported when they start."""
+
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 5.0
 LOG_LINES = 12
 ASKED_TO_END = 128 + signal.SIGTERM
 """The exit code of a child that was sent SIGTERM."""
+
+
+def start_server(*modules: str) -> multiprocessing.context.ForkServerContext:
+    """Start the process that children are forked from; it imports the modules while this one goes on.
+
+    One server serves the whole process: a later call changes nothing of what it has imported.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def end_child(child: multiprocessing.process.BaseProcess, grace: float = GRACE_SECONDS) -> None:
@@ -53,6 +69,13 @@ def settle_in(log: Path) -> bool:
         return False  # the command was interrupted while this process started
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
     return True
+
+
+def forget_lines() -> None:
+    """In the child: what was written so far is no part of what comes next."""
+    sys.stdout.flush()
+    os.ftruncate(1, 0)
+    os.lseek(1, 0, os.SEEK_SET)
 
 
 def _leave(*_: object) -> None:

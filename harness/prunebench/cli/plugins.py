@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from prunebench.checking import Report
 
 _STYLES = {"passed": "green", "failed": "bold red", "excused": "yellow", "declined": "dim"}
+FEW = 3
+"""Families that a law was kept on, and that are still named."""
+
 _WORDS = {"declined": "not asked"}
 
 
@@ -26,13 +29,16 @@ def check(
     pruner: Annotated[str, typer.Argument(metavar="NAME", help="NAME[opt=value,…] of a pruner, or module:Class.")],
     family: Annotated[list[str] | None, typer.Option("--family", help="Only on this family of tiny models.")] = None,
     law: Annotated[list[str] | None, typer.Option("--check", help="Only this law.")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds a law may take on one family.")] = 60.0,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds a law may take on one family.")] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Put a pruner to the laws of the conformance kit: exit code 1 when it breaks one that it does not excuse.
 
     Example: prunebench check wanda
     """
+    from prunebench.children import PRELOAD, start_server
+
+    start_server(*PRELOAD)  # it imports torch while this process does
     from prunebench.checking import check as checked
 
     with terminal.status("loading") as status:
@@ -82,7 +88,8 @@ def _print_report(report: Report) -> None:
         grid.add_column(justify="right" if name == "seconds" else "left", no_wrap=not name.startswith("families"))
     laws = list(dict.fromkeys(result.check for result in report.results))
     for (name, outcome, message), on in sorted(shared.items(), key=lambda item: laws.index(item[0][0])):
-        style, families = _STYLES[outcome], ", ".join(family for family, _ in on)
+        many = outcome == "passed" and len(on) > FEW
+        style, families = _STYLES[outcome], f"{len(on)} families" if many else ", ".join(family for family, _ in on)
         seconds = f"{sum(taken for _, taken in on):.1f} s"
         said = f"[dim]{escape(families)}[/]" + (f": {escape(message)}" if message else "")
         grid.add_row(escape(name), f"[{style}]{_WORDS.get(outcome, outcome)}[/]", seconds, said)

@@ -179,6 +179,22 @@ class Moves(Plain):
         matrix.write(job.dense.weight(matrix), mask)
 
 
+class MovesWhatItFinds(Moves):
+    """Needs the masks of an earlier step, and keeps their counts."""
+
+    name: ClassVar[str] = "moves-what-it-finds"
+
+    def audit_group(self) -> str:
+        return "earlier"
+
+    def refuses(self, facts: JobFacts) -> str | None:
+        return None if facts.earlier else "there are no masks to move."
+
+    def prune(self, job: Job) -> None:
+        assert job.masks
+        super().prune(job)
+
+
 @dataclass
 class Trains(Pruner):
     """Makes no masks; moves what earlier steps left, and all biases and norms, down a gradient."""
@@ -243,7 +259,7 @@ class TwoOfFour(Plain):
         return None if facts.target == NM(2, 4) else "only 2:4 is supported."
 
 
-UNUSUAL = [Updates, WholeModel, Moves, Trains, AfterOthersOnly, MovesHead, Adapts]
+UNUSUAL = [Updates, WholeModel, Moves, MovesWhatItFinds, Trains, AfterOthersOnly, MovesHead, Adapts]
 
 
 @parametrize_with_checks(UNUSUAL, families=["opt", "gemma3", "gpt2"])
@@ -351,6 +367,10 @@ def test_results_outside_pytest() -> None:
     assert {r.message for r in results if r.check == "nested"} == {"wanda does not claim NESTED."}
     by_row = check_pruner(partial(Magnitude, group="row"), families=["opt"], checks=["saves"])
     assert [(r.check, r.pruner) for r in by_row] == [("saves", "magnitude[group=row]")]
+
+
+def test_a_step_that_needs_another_follows_magnitude_pruning() -> None:
+    check_better_than_random(MovesWhatItFinds)
 
 
 def test_a_random_model_has_nothing_to_lose() -> None:

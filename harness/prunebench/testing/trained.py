@@ -78,7 +78,7 @@ def remove_lowest(model: PreTrainedModel, scores: Mapping[str, torch.Tensor], ta
         width = target.of if isinstance(target, NM) else weight.shape[1]
         count = width - target.keep if isinstance(target, NM) else int(width * target.sparsity)
         groups = scores[name].reshape(-1, width)
-        lowest = groups.argsort(dim=1, stable=True)[:, :count]
+        lowest = groups.topk(count, dim=1, largest=False).indices
         gone = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True)
         weight.masked_fill_(gone.view(weight.shape), 0)
 

@@ -73,7 +73,10 @@ LAYERS = {
     "checking": Layer(frozenset({"contract", "plugins", "children", "testing"}), frozenset()),
     "show": Layer(frozenset({"contract", "results"}), frozenset({"rich"})),
     "cli": Layer(
-        frozenset({"package", "contract", "toolkit", "plugins", "results", "bench", "testing", "checking", "scaffold", "show"}),
+        frozenset(
+            {"package", "contract", "toolkit", "plugins", "results", "children", "bench"}
+            | {"testing", "checking", "scaffold", "show"}
+        ),
         None,
     ),
     "package": Layer(frozenset(), frozenset()),

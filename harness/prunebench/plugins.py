@@ -1,6 +1,6 @@
 """The registry: every pruner and evaluation, the built-in ones too, comes in by the entry-point group `prunebench`.
 
-This is the only file that knows pluggy. Plugins are loaded one by one, so that a broken one is listed with its
+With `hooks.py` this is the only file that knows pluggy. Plugins are loaded one by one, so that a broken one is listed with its
 distribution and the reason, and stops nobody else.
 """
 

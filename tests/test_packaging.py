@@ -9,13 +9,16 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email import message_from_string
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import prunebench
 
@@ -135,9 +138,9 @@ def test_an_index_takes_both(built: Built) -> None:
 
 def test_the_description_on_an_index_has_no_dead_links(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as file:
-        metadata = message_from_string(file.read(f"{INFO}/METADATA").decode())
-    assert metadata["Description-Content-Type"] == "text/markdown"
-    text = metadata.get_payload()
+        fields = message_from_string(file.read(f"{INFO}/METADATA").decode())
+    assert fields["Description-Content-Type"] == "text/markdown"
+    text = fields.get_payload()
     assert isinstance(text, str)
     targets = re.findall(r"\]\(([^)]*)\)", text)
     assert [target for target in targets if not target.startswith("https://")] == []
@@ -145,6 +148,24 @@ def test_the_description_on_an_index_has_no_dead_links(built: Built) -> None:
     assert "leaderboard.md" in text
     assert "![" not in text
     assert len(text) > 0.9 * len(readme), "it is the README otherwise"
+
+
+def test_what_is_pinned_runs_on_the_oldest_python_that_is_promised() -> None:
+    """pymdown-extensions 13 wants 3.11.5, and Debian's Python is 3.11.2."""
+    promised = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    oldest = promised.removeprefix(">=") + ".0"
+    names = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    asked = {name: metadata.metadata(name)["Requires-Python"] for name in names if is_installed(name)}
+    assert len(asked) > 80
+    assert {name: text for name, text in asked.items() if text and oldest not in SpecifierSet(text)} == {}
+
+
+def is_installed(name: str) -> bool:
+    """Whether a distribution is installed here: those of the extra `docs` need not be."""
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def call(installed: Path, folder: Path, *args: str) -> str:

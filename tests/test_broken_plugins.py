@@ -347,5 +347,11 @@ def test_an_evaluation_that_gives_no_score(here: None, bench: Bench, tmp_path: P
     assert reasons == {"the evaluation odd gives int, and not a Score."}
 
 
+@pytest.mark.parametrize(("how", "said"), {"raise": "ZeroDivisionError: on purpose", "exit": "SystemExit: no licence"}.items())
+def test_an_evaluation_that_raises(how: str, said: str, here: None, bench: Bench, command: Command) -> None:
+    ran = command("eval", bench.model, "--eval", f"odd[measure_how={how}]")
+    assert (ran.code, ran.err) == (1, f"error: the evaluation odd[measure_how={how}] raised {said}.\n")
+
+
 def test_an_exit_without_a_word() -> None:
     assert classify(SystemExit(), None).message == "sys.exit was called."

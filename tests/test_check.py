@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -59,6 +60,8 @@ class Mine(Pruner):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "hang":
             time.sleep(600)
+        if self.how == "deprecated":
+            warnings.warn("prunebench: write this instead of that.", DeprecationWarning)
         if self.how == "draw":
             print("never")
         for block in walk(job):
@@ -187,6 +190,11 @@ def test_questions_that_raise_fail_the_laws(command: Command) -> None:
     assert ran.code == 1
     assert {outcome for outcome, _ in outcomes(ran).values()} == {"failed"}
     assert all("ZeroDivisionError" in message for _, message in outcomes(ran).values())
+
+
+def test_what_is_deprecated_is_told_in_its_own_words(command: Command) -> None:
+    ran = command("check", "a_module_of_mine:Mine[how=deprecated]", "--family", "llama", "--check", "silent", "--json")
+    assert outcomes(ran) == {"silent": ("failed", "the pruner let a warning through: prunebench: write this instead of that.")}
 
 
 def test_an_excuse_of_the_class_is_shown_and_must_be_true(command: Command) -> None:

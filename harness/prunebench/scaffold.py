@@ -85,7 +85,8 @@ def _check_name(name: str, module: str, cls: str, templates: str) -> None:
         )
     if keyword.iskeyword(module) or keyword.iskeyword(cls):
         raise RequestError(f"{name!r} is a word of Python's own; take another name.")
-    if name in load_registry().pruners:
+    registry = load_registry()
+    if name in registry.pruners or name in {broken.plugin for broken in registry.broken}:
         raise RequestError(f"there is a pruner {name!r} already; take another name.")
     if find_spec(module) is not None:
         raise RequestError(f"there is a module {module!r} already, which the new one would hide; take another name.")

@@ -22,7 +22,7 @@ from prunebench.bench.suite import (
     Training,
     suites_folder,
 )
-from prunebench.errors import OptionError, Refused, RequestError
+from prunebench.errors import OptionError, PrunebenchError, Refused, RequestError, RunError, described
 from prunebench.options import parse_step, split_steps
 from prunebench.plugins import load_registry
 from prunebench.results.records import ModelSpec, Recipe, RunRecord, RunSpec, ScoreRecord
@@ -105,6 +105,7 @@ def evaluate_model(
 
     Raises:
         RequestError: anything that cannot be done; found before the weights are loaded.
+        RunError: an evaluation fails.
     """
     registry = load_registry()
     built = [AskedEval(text, registry.eval(parse_step(text))) for text in evals]
@@ -135,7 +136,13 @@ def evaluate_model(
     if adapter_files(source.folder):
         load_adapters(find_anatomy(loaded), source.folder)
     scores: dict[str, ScoreRecord] = {}
-    evaluate(request, loaded, lambda *_: None, scores)
+    try:
+        evaluate(request, loaded, lambda *_: None, scores)
+    except (KeyboardInterrupt, PrunebenchError):
+        raise
+    except BaseException as error:
+        measured = request.eval_texts[len(scores)]
+        raise RunError(f"the evaluation {measured} raised {described(error)}.") from error
     return scores
 
 

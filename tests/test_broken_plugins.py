@@ -12,7 +12,6 @@ import pytest
 from support import Bench, Ran, cases, python_path, run_command, tree
 from test_plugins import HEAD, install
 
-from prunebench.bench.runner import classify
 from prunebench.plugins import load_registry
 from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
@@ -351,7 +350,3 @@ def test_an_evaluation_that_gives_no_score(here: None, bench: Bench, tmp_path: P
 def test_an_evaluation_that_raises(how: str, said: str, here: None, bench: Bench, command: Command) -> None:
     ran = command("eval", bench.model, "--eval", f"odd[measure_how={how}]")
     assert (ran.code, ran.err) == (1, f"error: the evaluation odd[measure_how={how}] raised {said}.\n")
-
-
-def test_an_exit_without_a_word() -> None:
-    assert classify(SystemExit(), None).message == "sys.exit was called."

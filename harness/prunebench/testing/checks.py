@@ -60,8 +60,13 @@ below 29 in floats, so 28 go."""
 
 @failing()
 def check_target_met(make: Factory, family: str, targets: Sequence[Target] = TARGETS) -> None:
-    """After `prune` the zeros are exactly those of the target, in the group that `audit_group` names, and the audit agrees."""
-    for task in tasks(make, family, targets):
+    """After `prune` the zeros are exactly those of the target, in the group that `audit_group` names, and the audit agrees.
+
+    A step that makes no masks, and may train for long, is asked at one unstructured and one N:M target.
+    """
+    accepted = tasks(make, family, targets)
+    masks = bool(make().changes() & Changes.MASKS)
+    for task in accepted if masks else first_of_each(accepted) or accepted:
         _check_counts(Trial(make, family, task).prune())
 
 

@@ -633,7 +633,7 @@ def test_a_refused_pruning_writes_nothing(here: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("raise", "it broke in two lines, the second"), ("exit", "error: sys.exit was called, with '0'. Nothing was written.")]
+    ("how", "said"), [("raise", "it broke in two lines, the second"), ("exit", "error: sys.exit was called, with '0'.")]
 )
 def test_a_failed_pruning_ends_with_1_and_writes_nothing(
     how: str, said: str, here: Path, command: Command, register: Callable[..., None]

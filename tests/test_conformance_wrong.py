@@ -671,7 +671,7 @@ WRONG: list[tuple[type[Plain], str, set[str], str]] = [  # where, the laws that 
     (OrdersColumns, "opt", {"channels_commute"}, "do not move with the channels"),
     (DrawsForEachSparsity, "llama", {"nested"}, "are removed at 0.25 and not at 0.5"),
     (DensePrefix, "llama", {"pruned_prefix"}, "when an earlier step had pruned the block before it"),
-    (ClaimsNoClaim, "llama", {"refuses_first", *CLAIMS}, "claims() answers 'rows'"),
+    (ClaimsNoClaim, "llama", {"refuses_first", *CLAIMS}, "claims() of the pruner 'plain' answers 'rows'"),
     (Inverted, "quickstart", POOR, "random pruning would leave at least"),
     (WholeColumns, "quickstart", POOR, "random pruning would leave at least"),
     (BreaksSurvivors, "quickstart", POOR | COUNTS, "is nan at 0.5"),

@@ -45,6 +45,10 @@ QUESTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 """For each question what is an answer to it, and how that is called."""
 
 
+WITHOUT_A_JOB = ("needs", "changes", "claims", "audit_group")
+"""What a pruner answers whatever the job."""
+
+
 def ask(plugin: Pruner | Eval, question: str, *facts: object) -> Any:
     """A pruner's or evaluation's answer to one of `QUESTIONS`.
 
@@ -70,7 +74,7 @@ def ask_all_of(pruner: Pruner) -> None:
     Raises:
         PluginError: as `ask` does.
     """
-    for question in ("needs", "changes", "claims", "audit_group"):
+    for question in WITHOUT_A_JOB:
         ask(pruner, question)
 
 

@@ -10,9 +10,8 @@ import multiprocessing.connection
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -27,9 +26,8 @@ from prunebench.children import (
     settle_in,
     start_server,
 )
-from prunebench.errors import PluginError, described
+from prunebench.errors import described
 from prunebench.plugins import find_pruner
-from prunebench.spec import Pruner
 from prunebench.testing import CheckResult, cases, check_pruner
 from prunebench.testing.running import Outcome
 
@@ -95,7 +93,7 @@ def check(
         PluginError: the class is no pruner, or its excuses are none.
     """
     found = find_pruner(text)
-    check_pruner(found.make, excuses=_excuses(found.make), families=(), checks=())  # are the excuses for laws that there are?
+    check_pruner(found.make, families=(), checks=())  # are the excuses for laws that there are?
     wanted = cases(families, checks)
     report = Report(found.label, found.distribution, found.version, found.make().revision)
     clock, watch = time.monotonic(), _Watch(text, timeout, started, len(wanted))
@@ -108,18 +106,6 @@ def check(
             report.results += watch.child(left)
     report.seconds = time.monotonic() - clock
     return report
-
-
-def _excuses(make: Callable[[], Pruner]) -> Mapping[str, str]:
-    """The class's own excuses, as `prunebench.testing.check_pruner` takes them.
-
-    Raises:
-        PluginError: they are no reasons by law.
-    """
-    found = getattr(make(), "excuses", {})
-    if not isinstance(found, Mapping) or not all(isinstance(part, str) for item in found.items() for part in item):
-        raise PluginError("the class variable `excuses` of a pruner maps names of laws to reasons, both strings.")
-    return found
 
 
 class _Watch:
@@ -193,12 +179,11 @@ def _work(pipe: multiprocessing.connection.Connection, text: str, left: Sequence
     if not settle_in(Path(log)):
         return
     make = find_pruner(text).make
-    ask = partial(check_pruner, make, excuses=_excuses(make))
     for check_name, family in left:
         forget_lines()
         pipe.send(None)
         try:
-            [result] = ask(families=[family], checks=[check_name])
+            [result] = check_pruner(make, families=[family], checks=[check_name])
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - a stranger's method may raise anything; it breaks the law

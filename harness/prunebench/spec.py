@@ -215,7 +215,7 @@ class Pruner(abc.ABC):
     """Raise it whenever outputs or a default can change: it is part of a run's id."""
     excuses: ClassVar[Mapping[str, str]] = {}
     """Laws of the conformance kit that the method is known to break ('same_seed', or 'same_seed/opt' on one family), each with
-    the reason; `prunebench check` shows them as excused, and fails where one is kept after all."""
+    the reason; the kit shows them as excused, and fails where one is kept after all."""
 
     def needs(self) -> Needs:
         """What the method reads; may depend on options."""

@@ -6,6 +6,7 @@ Entries that an earlier step removed stay removed: their score is below every ot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ class RandomPruner(Pruner):
     """Remove entries at random, the same share in every output row."""
 
     name: ClassVar[str] = "random"
+    excuses: ClassVar[Mapping[str, str]] = {"better_than_random": "it is what the others are compared with"}
 
     def needs(self) -> Needs:
         """The weights' shapes and a seed."""

@@ -40,8 +40,8 @@ And on the trained model that ships with the package (the family `quickstart`):
 `cases()` lists these pairs. Families or laws that are named restrict them; with both, any law may be asked of any tiny family.
 A law that the pruner refuses everywhere, or does not claim, is `declined`, with the reason: not asked, which is not passed.
 
-An excuse names a law, or a law and a family; it must be true: a law that is kept may not be excused. For tests of one's own
-there are `tiny_model`, `random_tokens` and `make_job`:
+An excuse names a law, or a law and a family; it must be true: a law that is kept may not be excused. A class may bring its
+own (`Pruner.excuses`). For tests of one's own there are `tiny_model`, `random_tokens` and `make_job`:
 
     model = tiny_model("qwen3")
     pruner = Mine()

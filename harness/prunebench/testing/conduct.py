@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from prunebench.answers import WITHOUT_A_JOB, ask
+from prunebench.errors import PluginError
 from prunebench.options import option_values
-from prunebench.spec import Changes, Claims, JobFacts, Needs, Pruner
+from prunebench.spec import Changes, JobFacts, Pruner
 from prunebench.targets import NM
 from prunebench.testing.checks import TARGETS
 from prunebench.testing.models import SAMPLES, tiny_model
@@ -138,7 +138,6 @@ def check_refuses_first(make: Factory, family: str) -> None:
         answers = _answers(pruner, facts)
         if answers != _answers(pruner, facts):
             raise CheckFailed(f"the pruner answers otherwise when it is asked about {target} a second time.")
-        _check_answers(answers)
         misfits = isinstance(target, NM) and bool(pruner.changes() & Changes.MASKS)
         if misfits and not (facts.misfit() or answers["refuses"]):
             raise CheckFailed(f"{target} does not fit an input width of {ODD}, and nothing refuses it.")
@@ -152,23 +151,7 @@ def check_refuses_first(make: Factory, family: str) -> None:
 
 
 def _answers(pruner: Pruner, facts: JobFacts) -> dict[str, Any]:
-    return {
-        "needs": pruner.needs(),
-        "changes": pruner.changes(),
-        "claims": pruner.claims(),
-        "audit_group": pruner.audit_group(),
-        "refuses": pruner.refuses(facts),
-    }
-
-
-def _check_answers(answers: dict[str, Any]) -> None:
-    allowed: dict[str, Callable[[Any], bool]] = {
-        "needs": lambda answer: isinstance(answer, Needs),
-        "changes": lambda answer: isinstance(answer, Changes),
-        "claims": lambda answer: isinstance(answer, Claims),
-        "audit_group": lambda answer: bool(re.fullmatch(r"row|matrix|model|earlier|columns:[1-9]\d*", str(answer))),
-        "refuses": lambda answer: answer is None or (isinstance(answer, str) and bool(answer.strip())),
-    }
-    for question, fits in allowed.items():
-        if not fits(answers[question]):
-            raise CheckFailed(f"{question}() answers {answers[question]!r}, which is none of its answers.")
+    try:
+        return {question: ask(pruner, question) for question in WITHOUT_A_JOB} | {"refuses": ask(pruner, "refuses", facts)}
+    except PluginError as error:
+        raise CheckFailed(str(error)) from error

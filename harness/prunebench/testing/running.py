@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prunebench.errors import UnknownNameError
+from prunebench.errors import PluginError, UnknownNameError
 from prunebench.testing.checks import (
     check_declared_changes,
     check_earlier_zeros,
@@ -118,16 +118,18 @@ def check_pruner(
 
     Args:
         make: the pruner's class, or a function that makes one with options.
-        excuses: reasons for laws that it is known to break; an excuse for a law that it keeps counts as a failure.
+        excuses: reasons for laws that it is known to break, besides those of its class; one for a law that it
+            keeps counts as a failure.
         families: as for `cases`.
         checks: as for `cases`.
 
     Raises:
         UnknownNameError: a law or family that does not exist, also in an excuse, or an excuse for what is never asked.
+        PluginError: the class's excuses are none.
     """
-    asked = cases(families, checks)
-    _check_excuses(excuses or {}, _rule(families, checks))
-    return [_result(make, check, family, _excuse(excuses or {}, check, family)) for check, family in asked]
+    asked, known = cases(families, checks), _excuses_of(make, excuses)
+    _check_excuses(known, _rule(families, checks))
+    return [_result(make, check, family, _excuse(known, check, family)) for check, family in asked]
 
 
 def parametrize_with_checks(
@@ -141,12 +143,14 @@ def parametrize_with_checks(
 
     Args:
         classes: pruner classes, or functions that make a pruner with options.
-        excuses: for each pruner, by its name as a step is written, the reasons for laws that it is known to break.
+        excuses: for each pruner, by its name as a step is written, the reasons for laws that it is known to break, besides
+            those of its class.
         families: as for `cases`.
         checks: as for `cases`.
 
     Raises:
         UnknownNameError: a law or family that does not exist, or an excuse for a pruner, law or family that is not asked.
+        PluginError: a class's excuses are none.
     """
     import pytest
 
@@ -154,11 +158,12 @@ def parametrize_with_checks(
     excuses = excuses or {}
     for name in excuses:
         _known("pruner under test", name, dict(makers))
-        _check_excuses(excuses[name], _rule(families, checks))
     parameters = []
     for name, make in makers:
+        known = _excuses_of(make, excuses.get(name))
+        _check_excuses(known, _rule(families, checks))
         for check, family in asked:
-            reason = _excuse(excuses.get(name, {}), check, family)
+            reason = _excuse(known, check, family)
             marks = [pytest.mark.xfail(reason=reason, raises=CheckFailed, strict=True)] if reason else []
             parameters.append(pytest.param(make, CHECKS[check], family, id=f"{name}-{check}-{family}", marks=marks))
     return pytest.mark.parametrize(("pruner", "check", "family"), parameters)
@@ -193,6 +198,14 @@ def _usual(check: str, family: str) -> bool:
 def _rule(families: Sequence[str] | None, checks: Sequence[str] | None) -> Callable[[str, str], bool]:
     """Which pairs there are: whoever names both families and laws may ask more."""
     return _usual if families is None or checks is None else _possible
+
+
+def _excuses_of(make: Factory, more: Excuses | None) -> Excuses:
+    """Those of the class, and what is said besides."""
+    own = make().excuses
+    if not isinstance(own, Mapping) or not all(isinstance(part, str) for item in own.items() for part in item):
+        raise PluginError("the class variable `excuses` of a pruner maps names of laws to reasons, both strings.")
+    return {**own, **(more or {})}
 
 
 def _excuse(excuses: Excuses, check: str, family: str) -> str | None:

@@ -142,6 +142,8 @@ def test_its_score_lies_between_magnitude_and_wanda(written: Path, monkeypatch: 
 
     monkeypatch.chdir(written)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "my_pruner", None)  # so that it is forgotten afterwards
+    del sys.modules["my_pruner"]
     for power, other in (("1", "wanda"), ("0", "magnitude[group=row]")):
         masks = []
         for text in (f"my_pruner:MyPruner[power={power}]", other):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prunebench.errors import OptionError, PluginError, UnknownNameError, described, did_you_mean
+from prunebench.errors import OptionError, PluginError, PrunebenchError, UnknownNameError, described, did_you_mean
 
 T = TypeVar("T")
 
@@ -105,6 +105,8 @@ def build(cls: type[T], step: Step) -> T:
         place[leaf] = value
     try:
         return _replaced(cls(), nested)
+    except PrunebenchError:
+        raise
     except (ValueError, TypeError) as error:
         raise OptionError(f"{step.name}: {error}") from None
     except Exception as error:

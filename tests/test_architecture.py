@@ -62,7 +62,7 @@ class Layer:
 CONTRACT = frozenset({"spec", "handles", "hooks", "targets", "errors"})
 LAYERS = {
     "contract": Layer(frozenset(), frozenset({"pluggy"}), frozenset({"torch", "transformers"})),
-    "toolkit": Layer(frozenset({"contract"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
+    "toolkit": Layer(frozenset({"contract", "shipped"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
     "plugins": Layer(frozenset({"contract"}), frozenset({"pluggy", "pydantic"})),
     "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic"})),
     "children": Layer(frozenset(), frozenset()),

@@ -283,6 +283,15 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             calibration_tokens(name, letters(), 1, 1, 0, tmp_path)
 
 
+def test_shipped_texts_are_found_from_anywhere_but_one_s_own_come_first(tmp_path: Path) -> None:
+    name = "quickstart/texts/calibration.txt"
+    assert load_text(name, "", tmp_path).source == load_text("calibration.txt", "", TEXTS).source
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("a text of one's own")
+    assert load_text(name, "", tmp_path).rows == ["a text of one's own"]
+
+
 def test_tokens_outside_the_vocabulary_of_a_text() -> None:
     with pytest.raises(DataError, match="outside the model's vocabulary of 100"):
         calibration_tokens("calibration.txt", Vocabulary(Letters(), "small", 100), 4, 100, 0, TEXTS)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from prunebench.errors import DataError, UnknownNameError, first_line
+from prunebench.shipped import suites_folder
 from prunebench.spec import JsonDict
 from prunebench.toolkit.cache import digest
 
@@ -160,15 +161,16 @@ def find_set(name: str, split: str) -> DataSet:
 
 
 def resolve_file(name: str, folder: Path) -> Path:
-    """A file named in a request, relative to `folder`.
+    """A file named in a request, relative to `folder`, or shipped: `quickstart/texts/evaluation.txt`.
 
     Raises:
         DataError: it is not there.
     """
-    path = folder / Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"the file {name} does not exist (looked in {folder}).")
-    return path
+    for place in (folder, suites_folder()):
+        path = place / Path(name).expanduser()
+        if path.is_file():
+            return path
+    raise DataError(f"the file {name} does not exist (looked in {folder}).")
 
 
 def _load_file(name: str, folder: Path) -> Text:

@@ -19,8 +19,8 @@ import pytest
 from support import Bench, Letters, files_no_larger_than, tree, write_mirror
 from transformers import AutoTokenizer
 
-from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, UnknownNameError
+from prunebench.shipped import suites_folder
 from prunebench.toolkit import cache as cache_module
 from prunebench.toolkit.cache import cache_folder, digest, digest_array, digest_file, load_arrays, save_arrays
 from prunebench.toolkit.calibration import (

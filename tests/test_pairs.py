@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunebench.bench.suite import suites_folder
+from prunebench.shipped import suites_folder
 from prunebench.targets import Unstructured
 from prunebench.toolkit import keep_mask
 

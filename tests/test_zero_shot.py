@@ -28,8 +28,8 @@ from prunebench.bench.evals import lm_model, lm_tasks, task_index
 from prunebench.bench.evals.task_index import SETS
 from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.bench.runner import classify
-from prunebench.bench.suite import suites_folder
 from prunebench.errors import DataError, NonFiniteError
+from prunebench.shipped import suites_folder
 from prunebench.spec import EvalFacts, Score
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.loading import ModelSource, identify, load_model

@@ -20,12 +20,12 @@ from prunebench.bench.suite import (
     Suite,
     SuiteHead,
     Training,
-    suites_folder,
 )
 from prunebench.errors import OptionError, PrunebenchError, Refused, RequestError, RunError, described
 from prunebench.options import parse_step, split_steps
 from prunebench.plugins import load_registry
 from prunebench.results.records import ModelSpec, Recipe, RunRecord, RunSpec, ScoreRecord
+from prunebench.shipped import suites_folder
 from prunebench.spec import Progress
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
@@ -59,12 +59,16 @@ def narrowed(suite: Suite, models: list[str], methods: list[str]) -> Suite:
     changes: dict[str, object] = {}
     if models:
         dtype = suite.model[0].dtype
-        folders = [Path(name).expanduser().absolute() for name in models]
-        found = [str(path) if path.is_dir() else name for path, name in zip(folders, models, strict=True)]
-        changes["model"] = tuple(_model_entry(name, dtype) for name in found)
+        changes["model"] = tuple(_model_entry(_of_working_folder(name), dtype) for name in models)
     if methods:
         changes["method"] = tuple(MethodEntry(steps=tuple(split_steps(method))) for method in methods)
     return suite.model_copy(update=changes)
+
+
+def _of_working_folder(name: str) -> str:
+    """A model's folder in full, where there is one."""
+    path = Path(name).expanduser().absolute()
+    return str(path) if path.is_dir() else name
 
 
 def prune_to_folder(options: PruneOptions, progress: Progress) -> RunRecord:

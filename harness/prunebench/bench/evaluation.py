@@ -54,8 +54,7 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, sc
             progress=progress,
             dense=dense,
         )
-        changed: list[str] = []
-        with guarded(changed), evaluating(model):
+        with guarded([]), evaluating(model):
             score = evaluation.measure(job)
         scores[name] = _score_record(name, score, spec, time.perf_counter() - started)
 

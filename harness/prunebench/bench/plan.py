@@ -22,11 +22,12 @@ from prunebench.bench.specs import (
     run_spec,
     sequence_length,
 )
-from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite, suites_folder
+from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite
 from prunebench.errors import DataError, RequestError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, RunSpec
+from prunebench.shipped import suites_folder
 from prunebench.spec import Needs
 from prunebench.targets import parse_target
 from prunebench.toolkit.calibration import TokenArray, Tokens, calibration_tokens, context_of, packed_windows

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunebench.errors import RequestError, UnknownNameError
-from prunebench.shipped import suites_folder as suites_folder  # suites start there: whoever reads one finds it here
+from prunebench.shipped import suites_folder
 
 MAX_SUITE_BYTES = 1 << 20
 

@@ -55,6 +55,10 @@ class RunRequest:
     reload: bool = False
     """Write the pruned model to disk and read it back before it is evaluated."""
     tuned: str | None = None
+    checkpoint_every: int | None = None
+    """Blocks after which a run writes down what it needs to go on there; None writes nothing."""
+    checkpoints: str | None = None
+    """The folder for that, this run's alone."""
 
 
 @dataclass

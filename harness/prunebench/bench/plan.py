@@ -35,6 +35,15 @@ from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, res
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a run is expected to take."""
+
+    seconds: float
+    peak_bytes: int
+    """On the device, or of the process on a CPU."""
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """All that a process needs to do one run."""
 
@@ -52,6 +61,7 @@ class RunRequest:
     threads: int
     batch_size: int
     timeout: float | None = None
+    predicted: Prediction | None = None
     reload: bool = False
     """Write the pruned model to disk and read it back before it is evaluated."""
     tuned: str | None = None

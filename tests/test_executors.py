@@ -442,4 +442,4 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(bench: Bench, plugin
     records = ResultStore(results, print).all()
     assert len(records) == len({item.record.id for item in records}) == 1 + 2 + 6 + 6
     assert {item.record.status for item in records} == {"ok"}
-    assert json.loads((results / records[0].path).read_text())["schema"] == 2
+    assert json.loads((results / records[0].path).read_text())["schema"] == 3

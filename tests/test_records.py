@@ -24,6 +24,7 @@ from prunebench.results.records import (
     checksum,
     fingerprint,
     slug,
+    upgraded,
 )
 from prunebench.targets import parse_target
 
@@ -380,6 +381,16 @@ def test_the_json_schema_fits_the_files(status: str) -> None:
     data = json.loads(make_record(status=status).to_json())
     assert fits(data, schema, schema)
     assert set(data) == set(schema["properties"])
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_older_records_are_read_without_predictions(schema: int) -> None:
+    data = json.loads(make_record().to_json())
+    del data["checksum"], data["provenance"]["predicted_seconds"], data["provenance"]["predicted_peak_bytes"]
+    data["schema"] = schema
+    record = RunRecord.model_validate(upgraded(data))
+    assert (record.schema_, record.provenance.predicted_seconds, record.provenance.predicted_peak_bytes) == (3, None, None)
+    assert data["schema"] == schema, "what was read stays as it is"
 
 
 def test_the_json_schema_refuses_other_files() -> None:

@@ -184,6 +184,9 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     fact("made by", made.command)
     fact("at", f"{made.started}, {made.seconds:.1f} s, {made.executor}, {made.threads} threads, batches of {made.batch_size}")
     fact("on", f"{made.device}, {made.platform}, Python {made.python}")
+    if made.predicted_seconds is not None:
+        peak = f"{made.predicted_seconds:.1f} s, {_memory(made.predicted_peak_bytes, 'at the peak, evaluation included')}"
+        fact("predicted", f"{peak}; found {made.seconds:.1f} s, {_memory(record.peak_bytes, 'at the peak of a step')}")
     fact("with", ", ".join(f"{name} {version}" for name, version in made.packages.items()))
     fact("commit", f"{made.commit or 'not from a clone'}{' with changes' if made.dirty else ''}")
     console.print(facts)

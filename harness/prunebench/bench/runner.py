@@ -297,4 +297,6 @@ def _provenance(request: RunRequest, outcome: Outcome, executor: str) -> Provena
         shared_machine=outcome.crowded,
         started=outcome.started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - outcome.clock, 3),
+        predicted_seconds=round(request.predicted.seconds, 3) if request.predicted else None,
+        predicted_peak_bytes=request.predicted.peak_bytes if request.predicted else None,
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-SCHEMA = 2
+SCHEMA = 3
 """The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""
 
 Status = Literal["ok", "refused", "failed"]
@@ -208,6 +208,11 @@ class Provenance(_Frozen):
     shared_machine: bool = Field(description="other processes took cores that a step needed, so costs are not ranked")
     started: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="the whole run, with loading and evaluation")
+    predicted_seconds: float | None = Field(default=None, description="what the cost model said before the run of `seconds`")
+    predicted_peak_bytes: int | None = Field(
+        default=None,
+        description="what it said of the peak, evaluation included: on the accelerator, or of the process on a CPU",
+    )
 
 
 class Failure(_Frozen):
@@ -227,7 +232,7 @@ def _with_checksum(schema: dict[str, Any]) -> None:
 class RunRecord(_Frozen):
     """One run and what came out."""
 
-    schema_: Literal[2] = Field(default=2, alias="schema")
+    schema_: Literal[3] = Field(default=3, alias="schema")
     id: str
     machine: str
     spec: RunSpec
@@ -266,14 +271,13 @@ class RunRecord(_Frozen):
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """A record's data in the present schema; the file stays as it is.
 
-    Schema 1 did not say how a value is made of its items; there was perplexity only.
+    Schema 1 did not say how a value is made of its items; there was perplexity only. Schema 2 had no predictions.
     """
     if data["schema"] == 1:
-        data = {**data, "schema": 2}
         for score in data.get("scores", {}).values():
             if score.get("conditions", {}).get("eval") == "perplexity":
                 score["sample"] = {"column": "nll", "exponential": True, "documents": "document"}
-    return data
+    return {**data, "schema": SCHEMA} if data["schema"] in (1, 2) else data
 
 
 def eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:

@@ -44,8 +44,16 @@ def default_dtype(device: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """What a device is called: the GPU's model, or the CPU's."""
-    return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else _cpu_model()
+    """What a device is called: the GPU's model, or the CPU's; as it was asked for where this machine has no such GPU.
+
+    The command that sends runs to a cluster makes the records of those that died there.
+    """
+    if not device.startswith("cuda"):
+        return _cpu_model()
+    try:
+        return torch.cuda.get_device_name(torch.device(device))
+    except (AssertionError, RuntimeError):  # torch without CUDA, no driver, no such index
+        return device
 
 
 def driver_version() -> str | None:

@@ -22,7 +22,7 @@ from prunebench.bench.specs import (
     run_spec,
     sequence_length,
 )
-from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Suite
+from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Resources, Suite
 from prunebench.errors import DataError, RequestError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
@@ -44,6 +44,19 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class RunResources:
+    """What a run is given where a scheduler hands things out."""
+
+    gpus: int = 0
+    cpus: int = 1
+    memory: float | None = None
+    """Bytes on the host."""
+    minutes: float | None = None
+    slurm: tuple[tuple[str, str | bool], ...] = ()
+    """Further options of `sbatch`, by name."""
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """All that a process needs to do one run."""
 
@@ -61,6 +74,9 @@ class RunRequest:
     threads: int
     batch_size: int
     timeout: float | None = None
+    memory: float | None = None
+    """Bytes that its process may use on the host."""
+    resources: RunResources = RunResources()
     predicted: Prediction | None = None
     reload: bool = False
     """Write the pruned model to disk and read it back before it is evaluated."""
@@ -135,6 +151,7 @@ class Planner:
         method = build_method(entry.steps, self.registry)
         method.targets, method.seeds, method.tuned = entry.targets, entry.seeds, entry.tuned
         method.calibration = entry.calibration or self.suite.calibration
+        method.resources = self.suite.resources.merged(entry.resources)
         name = " + ".join(spec.text for spec in method.specs)
         wanted = ((CALIBRATED, "calibration", method.calibration), (Needs.TRAINING, "training", self.suite.training))
         for need, section, found in wanted:
@@ -165,11 +182,18 @@ class Planner:
             _check_texts(tokens, own)
             spec = run_spec(model, cell.method, cell.target, cell.seed, tokens, own)
             request = self._request(spec, source, tokens, [evals[number].text for number in chosen])
-            found.append(replace(request, reload=entry.reload, tuned=cell.method.tuned))
+            given = self._resources(cell.method.resources)
+            found.append(replace(request, reload=entry.reload, tuned=cell.method.tuned, resources=given))
             if tokens.training is not None:
                 trained[tokens.training.content] = tokens.training
         self.overlaps += overlaps(evals, list(trained.values()), eval_facts(identity, self.suite.folder))
         return found
+
+    def _resources(self, asked: Resources) -> RunResources:
+        gpus = int(self.device.startswith("cuda")) if asked.gpus is None else asked.gpus
+        memory = None if asked.memory is None else asked.memory * (1 << 30)
+        slurm = asked.slurm.model_dump(exclude_none=True)
+        return RunResources(gpus, asked.cpus or self.suite.limits.threads or 1, memory, asked.minutes, tuple(slurm.items()))
 
     def _run_tokens(self, method: Method, identity: ModelIdentity, seed: int) -> RunTokens:
         calibration = training = validation = None

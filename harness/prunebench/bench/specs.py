@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunebench.answers import ask, ask_all_of
 from prunebench.bench.machine import portable
-from prunebench.bench.suite import Calibration
+from prunebench.bench.suite import Calibration, Resources
 from prunebench.options import Step, canonical, parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import EvalSpec, ModelSpec, Recipe, RunSpec, StepSpec, TextSpec
@@ -17,6 +18,9 @@ from prunebench.targets import Dense, Target, parse_target
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, SAMPLER, TokenArray, Tokens
 from prunebench.toolkit.loading import ModelIdentity
 from prunebench.toolkit.texts import Source
+
+if TYPE_CHECKING:
+    from prunebench.bench.preview import Work
 
 CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
 """Either: the method reads calibration text."""
@@ -52,6 +56,7 @@ class Method:
     seeds: tuple[int, ...] | None = None
     calibration: Calibration | None = None
     tuned: str | None = None
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def needs(self) -> Needs:
@@ -203,3 +208,10 @@ def eval_facts(identity: ModelIdentity, folder: Path) -> EvalFacts:
 def text_spec(source: Source) -> TextSpec:
     """A source as a record keeps it."""
     return TextSpec(**asdict(source))
+
+
+def run_label(spec: RunSpec | Work) -> str:
+    """A run in a few words."""
+    seed = "" if spec.seed is None else f", seed {spec.seed}"
+    target = "" if spec.method == spec.target else f" {spec.target}"
+    return f"{spec.model.name} {spec.method}{target}{seed}"

@@ -19,6 +19,9 @@ MAX_SEED = 2**32 - 1
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 """A number, not a text that reads as one, nor `true`."""
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Plain = Annotated[str, Field(pattern=r"^[\w.,:=@/&|*()\[\]+%-]{1,200}$")]
+"""One word for a scheduler: no blanks, quotes or line ends, so that it stays the value it is."""
 
 
 class _Section(BaseModel):
@@ -87,13 +90,54 @@ class Validation(_Section):
     source: str
 
 
+class SlurmOptions(_Section):
+    """What `sbatch` is told beside the amounts. These and no others: a suite is data, and some options name files or programs.
+
+    Everything else has an environment variable that `sbatch` reads, `SBATCH_…`.
+    """
+
+    account: Plain | None = None
+    constraint: Plain | None = None
+    exclude: Plain | None = None
+    exclusive: Annotated[bool, Field(strict=True)] | None = None
+    gres: Plain | None = None
+    licenses: Plain | None = None
+    mail_type: Plain | None = None
+    mail_user: Plain | None = None
+    nodelist: Plain | None = None
+    partition: Plain | None = None
+    qos: Plain | None = None
+    reservation: Plain | None = None
+
+
+class Resources(_Section):
+    """What a run is given by Ray or Slurm. It changes no result, so it is no part of a run's id."""
+
+    gpus: Annotated[int, Field(strict=True, ge=0)] | None = None
+    """None is one where the device is CUDA, otherwise none."""
+    cpus: Count | None = None
+    """Cores. None is as many as the run has threads."""
+    memory: Positive | None = None
+    """GiB on the host. None is the limit of `--memory`, or what the scheduler gives."""
+    minutes: Positive | None = None
+    """How long Slurm lets a run work. None is `timeout` and ten minutes for its start and end."""
+    slurm: SlurmOptions = SlurmOptions()
+
+    def merged(self, own: Resources) -> Resources:
+        """These, with what a method says of its own over them."""
+        data, over = self.model_dump(exclude_unset=True), own.model_dump(exclude_unset=True)
+        slurm = {**data.get("slurm", {}), **over.get("slurm", {})}
+        return Resources.model_validate({**data, **over, "slurm": slurm})
+
+
 class MethodEntry(_Section):
-    """A method: its steps, and its targets, seeds and calibration text where they differ from the suite's."""
+    """A method: its steps, and its targets, seeds, calibration text and resources where they differ from the suite's."""
 
     steps: Annotated[tuple[str, ...], Field(min_length=1)]
     targets: tuple[str, ...] | None = None
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     calibration: Calibration | None = None
+    resources: Resources = Resources()
     tuned: str | None = None
     """The suite by whose records, on validation text, options were chosen."""
 
@@ -119,7 +163,7 @@ class Limits(_Section):
 
     threads: Count | None = None
     batch_size: Count = 8
-    timeout: Annotated[float, Field(strict=True, gt=0)] | None = None
+    timeout: Positive | None = None
 
 
 class Suite(_Section):
@@ -134,6 +178,7 @@ class Suite(_Section):
     eval: tuple[EvalEntry, ...] = ()
     grid: Grid
     limits: Limits = Limits()
+    resources: Resources = Resources()
     folder: Path = Path()
 
 
@@ -194,6 +239,7 @@ def _explain(name: str, error: ValidationError) -> RequestError:
 
 
 def _keys(place: tuple[str, ...]) -> list[str]:
+    """The keys of the innermost section that a place is in."""
     sections: dict[str, type[BaseModel]] = {
         "suite": SuiteHead,
         "model": ModelEntry,
@@ -204,5 +250,7 @@ def _keys(place: tuple[str, ...]) -> list[str]:
         "eval": EvalEntry,
         "grid": Grid,
         "limits": Limits,
+        "resources": Resources,
     }
-    return list(sections[place[0]].model_fields) if place and place[0] in sections else list(sections)
+    inner = [{**sections, "slurm": SlurmOptions}[name] for name in place if name in sections or name == "slurm"]
+    return list(inner[-1].model_fields) if inner else list(sections)

@@ -8,6 +8,7 @@
     │   ├── DataError         a text or token source is missing, too short or outside the vocabulary
     │   └── StoreError        a results or output folder cannot be used
     ├── PluginError           a plugin broke the rules of registration
+    ├── WriteError            what was worked out cannot be written (exit code 1)
     ├── Refused               a method or the harness declines this model and target: an answer, not a failure
     └── RunError              a run failed; the record says why
         ├── ContractError     a pruner did what it did not declare
@@ -83,6 +84,10 @@ class DataError(RequestError):
 
 class StoreError(RequestError):
     """A results or output folder that cannot be used."""
+
+
+class WriteError(PrunebenchError):
+    """What was worked out cannot be written: a disk is full, or was made read-only meanwhile."""
 
 
 class PluginError(PrunebenchError):

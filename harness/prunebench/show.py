@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+from prunebench.plain import escape
 from prunebench.results import leaderboard
 from prunebench.results.board import Board
 from prunebench.results.contest import Contest
@@ -33,11 +33,11 @@ def print_listing(listing: Mapping[str, Any], console: Console) -> None:
         console.print(f"[bold]{kind}[/]")
         for name, entry in listing[kind].items():
             origin = f"{entry['distribution']} {entry['version']}"
-            console.print(f"  [bold]{name}[/]  {escape(entry['summary'])}  [dim]{escape(origin)}[/]")
+            console.print(f"  [bold]{escape(name)}[/]  {escape(entry['summary'])}  [dim]{escape(origin)}[/]")
             for fact in entry["options"]:
                 about = f"{fact['type']}; {fact['doc']}"
                 console.print(f"      {escape(fact['name'])} = {escape(fact['default'])}  [dim]{escape(about)}[/]")
-    console.print(f"[bold]suites[/]\n  {', '.join(listing['suites'])}")
+    console.print(f"[bold]suites[/]\n  {escape(', '.join(listing['suites']))}")
     if listing["broken"]:
         console.print("[bold red]plugins that cannot be used[/]")
     for item in listing["broken"]:
@@ -63,7 +63,8 @@ def print_board(board: Board, console: Console) -> None:
             for index in shown:
                 # Numbers stay whole; a method with its options is broken where the terminal is narrow.
                 method = headings[index] == "method"
-                grid.add_column(headings[index], justify="left" if method else "right", no_wrap=not method, overflow="fold")
+                justify: JustifyMethod = "left" if method else "right"
+                grid.add_column(escape(headings[index]), justify=justify, no_wrap=not method, overflow="fold")
             grid.columns[shown.index(1)].min_width = METHOD_WIDTH
             for row, cells in zip(table.rows, texts, strict=True):
                 style = "dim" if row.method == "dense" else "bold" if row.rank is not None and row.rank.best else ""
@@ -115,7 +116,8 @@ def print_contests(contests: Sequence[Contest], console: Console) -> None:
         facts.add_column(style="dim")
         facts.add_column()
         for name, values in (("A", contest.first), ("B", contest.second)):
-            facts.add_row(name, ", ".join(leaderboard.value_text(value, share) for value in values) + f"  {contest.score.unit}")
+            shown = ", ".join(leaderboard.value_text(value, share) for value in values)
+            facts.add_row(name, f"{shown}  {escape(contest.score.unit)}")
         if contest.comparison is None:
             facts.add_row("A - B", "cannot be compared item by item: other items, no seed in common, or no items kept")
             console.print(facts)
@@ -153,7 +155,7 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     facts.add_column()
 
     def fact(name: str, value: str) -> None:
-        facts.add_row(name, escape(value))
+        facts.add_row(escape(name), escape(value))
 
     fact("file", path)
     fact("status", record.status + (f": {record.reason}" if record.reason else ""))

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from prunebench.errors import StoreError
+from prunebench.errors import StoreError, WriteError
 from prunebench.results.records import RunRecord
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy
@@ -64,7 +64,7 @@ def save_pruned(
     bit; shapes are in the file's metadata.
 
     Raises:
-        StoreError: it cannot be written.
+        WriteError: it cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,4 +84,4 @@ def save_pruned(
                 out.rmdir()
             shutil.move(folder, out)
     except OSError as error:
-        raise StoreError(f"the pruned model cannot be written to {out}: {error.strerror or error}.") from error
+        raise WriteError(f"the pruned model cannot be written to {out}: {error.strerror or error}.") from error

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from prunebench.cli.program import Allow, BatchSize, Device, Dtype, app, command_line, complaints, terminal
 from prunebench.errors import RequestError
+from prunebench.plain import escape
 
 
 @app.command()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from prunebench.cli.program import app, terminal
+from prunebench.plain import escape
 
 if TYPE_CHECKING:
     from prunebench.checking import Report

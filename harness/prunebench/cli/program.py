@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from prunebench.errors import PluginError, PrunebenchError, RequestError
+from prunebench.plain import escape
 
 if TYPE_CHECKING:
     from prunebench.results.store import ResultStore
@@ -38,8 +38,8 @@ INTERRUPTED = 130
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 """What Typer raises for a wrong command line; its own name for it is not public."""
 
-terminal = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-complaints = Console(stderr=True, highlight=False)
+terminal = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
+complaints = Console(stderr=True, highlight=False, emoji=False)
 
 
 def _show_version(wanted: bool) -> None:

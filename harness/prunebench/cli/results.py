@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from prunebench.cli.program import Results, app, open_store, terminal
 from prunebench.errors import RequestError
+from prunebench.plain import escape
 
 if TYPE_CHECKING:
     from prunebench.results.records import RunRecord

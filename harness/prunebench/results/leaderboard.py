@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from prunebench.plain import markdown
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.planning import Asked
@@ -29,7 +30,7 @@ def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
         parts.append(_published_markdown(published))
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
         if records:
-            lines = [f"* {_one_line(f'{describe(record)}: {reason(record)}')}" for record in records]
+            lines = [f"* {markdown(f'{describe(record)}: {reason(record)}')}" for record in records]
             parts.append(f"## {title} runs\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -130,7 +131,7 @@ def _against(section: Section, row: Row, other: float | None) -> str:
 
 def _published_markdown(published: Sequence[Beside]) -> str:
     parts = ["## Published numbers", _PUBLISHED, f"{counts(published)[:1].upper()}{counts(published)[1:]}."]
-    rows = [[_one_line(cell) for cell in one.cells()] for one in matched(published)]
+    rows = [[markdown(cell) for cell in one.cells()] for one in matched(published)]
     if rows:
         parts.append(pd.DataFrame(rows, columns=list(HEADINGS)).to_markdown(index=False, disable_numparse=True))
     return "\n\n".join(parts)
@@ -229,22 +230,22 @@ errors of an accuracy. A copy of another paper's number confirms nothing."""
 
 
 def _section_markdown(section: Section) -> str:
-    notes = "\n".join(f"* {_one_line(note)}" for note in section_notes(section))
-    parts = [f"## {_one_line(section.title)}", notes]
+    notes = "\n".join(f"* {markdown(note)}" for note in section_notes(section))
+    parts = [f"## {markdown(section.title)}", notes]
     if section.silence:
         return "\n\n".join([*parts, section.silence])
     for table in section.tables:
-        rows = [[_one_line(cell) for cell in cells(section, table, row)] for row in table.rows]
+        rows = [[markdown(cell) for cell in cells(section, table, row)] for row in table.rows]
         for row, texts in zip(table.rows, rows, strict=True):
             if row.rank is not None and row.rank.best:
                 texts[1] = f"**{texts[1]}**"
-        frame = pd.DataFrame(rows, columns=[_one_line(heading) for heading in columns(section, table)])
+        frame = pd.DataFrame(rows, columns=[markdown(heading) for heading in columns(section, table)])
         align = ["center", "left"] + ["right"] * (len(frame.columns) - 2)
         text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-        parts.append(f"### {_one_line(table_title(table))}\n\n{text}")
+        parts.append(f"### {markdown(table_title(table))}\n\n{text}")
         limits = table_limits(section, table)
         if limits:
-            parts.append(_one_line(limits))
+            parts.append(markdown(limits))
     return "\n\n".join(parts)
 
 
@@ -277,7 +278,3 @@ def reason(record: RunRecord) -> str:
     if record.failure is not None:
         return f"{record.failure.kind}: {record.failure.message}"
     return record.reason or "measured with another revision of the method or an evaluation; run the suite again"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

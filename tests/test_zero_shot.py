@@ -34,7 +34,7 @@ from prunebench.spec import EvalFacts, Score
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.loading import ModelSource, identify, load_model
 from prunebench.toolkit.state import capture, differences, guarded
-from prunebench.toolkit.walk import evaluating
+from prunebench.toolkit.stream import evaluating
 
 CONTEXT = 64
 SHAPE = {"vocab_size": 300, "max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}

@@ -19,7 +19,7 @@ from prunebench.results.records import EvalSpec, SampleRecord, ScoreRecord
 from prunebench.spec import EvalJob, Progress, Score
 from prunebench.toolkit.loading import identify, load_model
 from prunebench.toolkit.state import guarded
-from prunebench.toolkit.walk import evaluating
+from prunebench.toolkit.stream import evaluating
 
 
 def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, scores: dict[str, ScoreRecord]) -> None:

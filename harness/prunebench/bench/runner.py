@@ -41,9 +41,10 @@ from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import load_model
+from prunebench.toolkit.memory import is_out_of_memory
 from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.state import guarded
-from prunebench.toolkit.walk import evaluating
+from prunebench.toolkit.stream import evaluating
 
 
 @dataclass
@@ -188,7 +189,7 @@ def make_record(
 def classify(error: BaseException, step: str | None) -> Failure:
     """Tell kinds of failure apart."""
     kind: FailureKind = "error"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         kind = "oom"
     elif isinstance(error, NonFiniteError):
         kind = "nan"

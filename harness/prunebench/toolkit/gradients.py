@@ -16,7 +16,8 @@ import torch
 from prunebench.spec import Job
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.recorder import replaced
-from prunebench.toolkit.walk import Block, Stream, evaluating, fold
+from prunebench.toolkit.stream import Stream, evaluating
+from prunebench.toolkit.walk import Block, fold
 
 
 def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, torch.Tensor]:

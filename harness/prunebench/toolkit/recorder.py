@@ -63,7 +63,7 @@ def unpack(output: Any) -> torch.Tensor:
     return hidden
 
 
-def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
+def record_calls(job: Job, batch_size: int) -> tuple[torch.Tensor, list[BlockCall]]:
     """Run the model over the calibration set with every block replaced by a recorder.
 
     Returns:
@@ -73,10 +73,32 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
         Refused: the blocks exchange more than the hidden state, or their arguments depend on the tokens.
     """
     tokens = job.calibration
-    blocks = [block.module for block in job.anatomy.blocks]
-    family = type(job.model).__name__
-    recording = _Recording(family, len(blocks))
     hidden: torch.Tensor | None = None
+    with _recorders(job) as (run, calls):
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size]
+            first = run(batch)
+            if hidden is None:
+                hidden = job.placement.rest(first.new_empty((0, *first.shape[1:]))).new_empty((len(tokens), *first.shape[1:]))
+            hidden[start : start + len(batch)] = job.placement.rest(first)
+    assert hidden is not None
+    return hidden, calls
+
+
+def record_arguments(job: Job) -> list[BlockCall]:
+    """Each block's call alone, by what it takes to know it: one sequence, and the same one twice; raises as `record_calls`."""
+    with _recorders(job) as (_, calls):
+        return calls
+
+
+@contextmanager
+def _recorders(job: Job) -> Iterator[tuple[Callable[[torch.Tensor], torch.Tensor], list[BlockCall]]]:
+    """Replace every block by a recorder, which is shown one sequence, and the same one twice.
+
+    Yields what shows it a batch of tokens [sequences, length] and returns the first block's input, and each block's call.
+    """
+    blocks = [block.module for block in job.anatomy.blocks]
+    recording = _Recording(type(job.model).__name__, len(blocks))
 
     def run(batch: torch.Tensor) -> torch.Tensor:
         recording.start_batch(len(batch))
@@ -84,17 +106,11 @@ def record_calls(job: Job) -> tuple[torch.Tensor, list[BlockCall]]:
         job.model.base_model(input_ids=batch.to(job.device), use_cache=False)
         return recording.end_batch()
 
+    first = job.calibration[:1]
     with replaced(blocks, recording.forward):
-        run(tokens[:1])
-        run(tokens[:1].repeat(2, 1))
-        for start in range(0, len(tokens), job.batch_size):
-            batch = tokens[start : start + job.batch_size]
-            first = run(batch)
-            if hidden is None:
-                hidden = job.placement.rest(first.new_empty((0, *first.shape[1:]))).new_empty((len(tokens), *first.shape[1:]))
-            hidden[start : start + len(batch)] = job.placement.rest(first)
-    assert hidden is not None
-    return hidden, recording.calls
+        run(first)
+        run(first.repeat(2, 1))
+        yield run, recording.calls
 
 
 @contextmanager

@@ -17,12 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from prunebench.errors import ContractError
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.placement import paying_batch
-from prunebench.toolkit.recorder import BlockCall, record_calls, unpack
 from prunebench.toolkit.stats import SharedStatistics, Statistic
+from prunebench.toolkit.stream import Stream
 
 Reduce = Literal["rms", "l1", "l2"]
 
@@ -67,7 +65,11 @@ class Block:
         return list(self.handle.matrices)
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The block's inputs over the calibration set, in order: [sequences, length, hidden] on the device."""
+        """The block's inputs over the calibration set, in order: [sequences, length, hidden] on the device.
+
+        A loop over them is the caller's own: when memory runs out in it nobody can start it again, and the run fails. The
+        passes of `collect`, of gradients and from block to block are done again with half the batch.
+        """
         return self._stream.batches(self.index)
 
     def inputs(self, samples: Sequence[int]) -> torch.Tensor:
@@ -89,7 +91,8 @@ class Block:
             For one kind a mapping from matrix to value; for several, a tuple of such mappings in the same order.
         """
         self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
-        return _gather({matrix: matrix.module for matrix in self.matrices}, kinds, self.batches(), self.forward)
+        modules = {matrix: matrix.module for matrix in self.matrices}
+        return self._stream.halving(lambda: _gather(modules, kinds, self.batches(), self.forward), self.index)
 
     def replica(self, dtype: torch.dtype | None = None, of: nn.Module | None = None) -> Replica:
         """A detached copy of the block (or of another such block), whose parameters take gradients; float32 unless given
@@ -127,9 +130,13 @@ class Replica:
             kinds: classes of statistics, any number in one pass.
             inputs: of the block, [sequences, length, hidden]; the whole calibration set without it.
         """
-        size = self._block._stream.batch_size
-        batches = self._block.batches() if inputs is None else torch.split(inputs, size)
-        return _gather({m: self._inner[m.name] for m in self._block.matrices}, kinds, batches, self.forward)
+        stream, modules = self._block._stream, {m: self._inner[m.name] for m in self._block.matrices}
+
+        def attempt() -> Any:
+            batches = self._block.batches() if inputs is None else torch.split(inputs, stream.batch_size)
+            return _gather(modules, kinds, batches, self.forward)
+
+        return stream.halving(attempt, self._block.index)
 
     def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
         """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over the calibration set.
@@ -142,18 +149,21 @@ class Replica:
             [outputs, inputs] in the copy's dtype for each matrix.
         """
         with phase("statistics"):
-            weights = [self.parameter(matrix) for matrix in self._block.matrices]
-            totals = [torch.zeros_like(weight) for weight in weights]
-            samples = 0
-            for batch in self._block.batches():
-                for hidden in torch.split(batch, 1):
-                    with torch.enable_grad():
-                        found = torch.autograd.grad(loss(self.forward(hidden)), weights)
-                    fold(totals, found, reduce)
-                    samples += 1
-            if reduce != "l1":
-                totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
-            return {m: m.oriented(total) for m, total in zip(self._block.matrices, totals, strict=True)}
+            return self._block._stream.halving(lambda: self._sampled(loss, reduce), self._block.index)
+
+    def _sampled(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce) -> dict[Matrix, torch.Tensor]:
+        weights = [self.parameter(matrix) for matrix in self._block.matrices]
+        totals = [torch.zeros_like(weight) for weight in weights]
+        samples = 0
+        for batch in self._block.batches():
+            for hidden in torch.split(batch, 1):
+                with torch.enable_grad():
+                    found = torch.autograd.grad(loss(self.forward(hidden)), weights)
+                fold(totals, found, reduce)
+                samples += 1
+        if reduce != "l1":
+            totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
+        return {m: m.oriented(total) for m, total in zip(self._block.matrices, totals, strict=True)}
 
     def parameter(self, matrix: Matrix) -> nn.Parameter:
         """The copy of a matrix's parameter, in its stored orientation; takes gradients."""
@@ -173,125 +183,6 @@ def fold(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], redu
             total.add_(gradient.abs_())
         else:
             total.addcmul_(gradient, gradient)
-
-
-class Stream:
-    """The hidden states on their way through the blocks."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._hidden: torch.Tensor | None = None
-        self._calls: list[BlockCall] = []
-        self._at = 0
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences at a time: the job's number, or what pays."""
-        return paying_batch(self._job.batch_size, self._job.calibration.shape[1], self._job.placement.device)
-
-    def chosen(self, index: int, samples: Sequence[int]) -> torch.Tensor:
-        """A block's inputs for some of the calibration sequences, on the device."""
-        return self._job.placement.fetch(self.inputs(index)[list(samples)])
-
-    def batches(self, index: int) -> Iterator[torch.Tensor]:
-        """A block's inputs for all of them, in order, on the device."""
-        hidden = self.inputs(index)
-        for rows in _slices(hidden.shape[0], self.batch_size):
-            yield self._job.placement.fetch(hidden[rows])
-
-    def call(self, index: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What a block, or a copy of it, makes of a hidden state, with the arguments that the model gives the block."""
-        if not self._calls:
-            self.inputs(index)
-        with evaluating(module):
-            args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype)
-            return unpack(module(hidden, *args, **kwargs))
-
-    def leave(self, index: int) -> None:
-        """Move on from a block: its outputs, as it now is, become the inputs of the next."""
-        if self._hidden is not None and self._at == index and index + 1 < len(self._job.anatomy.blocks):
-            self.propagate(index)
-
-    def close(self) -> None:
-        """Let go of everything; nothing can be asked for afterwards."""
-        self._hidden, self._calls, self._at = None, [], len(self._job.anatomy.blocks)
-
-    def outputs(self) -> torch.Tensor:
-        """The hidden states after the last block, handed over for good."""
-        hidden, self._hidden = self._hidden, None
-        if hidden is None or self._at < len(self._job.anatomy.blocks):
-            raise ContractError("the last block was not run yet, or its outputs are gone.")
-        return hidden
-
-    def returning(self, hidden: torch.Tensor) -> Any:
-        """A hidden state as the blocks of this model return it."""
-        return self._calls[0].returning(hidden)
-
-    def work_dtype(self) -> torch.dtype:
-        """The dtype for gradients: float32, or float64 where the model is."""
-        return torch.float64 if self._job.model.dtype == torch.float64 else torch.float32
-
-    def inputs(self, index: int) -> torch.Tensor:
-        """The hidden states that enter a block, where activations rest, brought up to it if need be.
-
-        Raises:
-            Refused: the model's blocks cannot be run one by one.
-            ContractError: the block was left, or the walk closed.
-        """
-        if self._hidden is None and self._at:
-            raise ContractError("a walk that was closed cannot be asked for data.")
-        if self._at > index:
-            raise ContractError(f"block {index} was left; its inputs are gone.")
-        if self._hidden is None and index == 0:
-            self._record()
-        elif self._at < index:
-            self._catch_up(index)
-        assert self._hidden is not None
-        return self._hidden
-
-    def _record(self) -> None:
-        with phase("calibration"), torch.no_grad(), evaluating(self._job.model):
-            self._hidden, self._calls = record_calls(self._job)
-
-    def _catch_up(self, index: int) -> None:
-        """The first data are asked for after the first block: run the ones before, while this one steps aside."""
-        placement, modules = self._job.placement, [block.module for block in self._job.anatomy.blocks]
-        placement.release(modules[index])
-        try:
-            while self._at < index:
-                module = modules[self._at]
-                placement.bring(module)
-                try:
-                    if self._hidden is None:
-                        self._record()
-                    self.propagate(self._at)
-                finally:
-                    placement.release(module)
-        finally:
-            placement.bring(modules[index])
-
-    def propagate(self, index: int) -> None:
-        """Run a block over its inputs, which its outputs overwrite."""
-        assert self._hidden is not None
-        module = self._job.anatomy.blocks[index].module
-        with phase("propagation"), torch.no_grad():
-            for rows in _slices(self._hidden.shape[0], self.batch_size):
-                batch = self._job.placement.fetch(self._hidden[rows])
-                self._hidden[rows] = self._job.placement.rest(self.call(index, module, batch))
-        self._at = index + 1
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module and all inside it in eval mode, and each back in the mode it was in."""
-    modes = [(inner, inner.training) for inner in module.modules()]
-    for inner, _ in modes:
-        inner.training = False
-    try:
-        yield
-    finally:
-        for inner, mode in modes:
-            inner.training = mode
 
 
 def _gather(
@@ -339,8 +230,3 @@ def _hooked(modules: Mapping[Matrix, nn.Module], shared: SharedStatistics) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _slices(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))

@@ -1,0 +1,56 @@
+"""When memory runs out: tell it from other failures, let go of what is cached, and do a pass again with half the batch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from prunebench.spec import Job
+
+_SAYINGS = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""What errors say that have no class of their own: the host's allocator, the CUDA runtime, its libraries."""
+
+_T = TypeVar("_T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device's memory or the host's ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
+
+
+def let_go() -> None:
+    """Give back what nobody uses: cycles that hold tensors, and blocks that the device's allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def halving(job: Job, size: Callable[[], int], attempt: Callable[[], _T], where: str) -> _T:
+    """Attempt a pass over the calibration set; when memory runs out, start it again with batches of half the size.
+
+    The size stays so to the end of the step, and the step's notes say so.
+
+    Args:
+        job: whose `batch_size` is lowered.
+        size: sequences at a time as the job's batch size now makes them.
+        attempt: the pass, which starts from nothing each time, or from where it left what it has finished.
+        where: for the note, "block 3".
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: one sequence alone does not fit.
+    """
+    while True:
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if size() == 1 or not is_out_of_memory(error):
+                raise
+        # Here the error is gone, and with it the frames whose tensors it held.
+        let_go()
+        job.batch_size = size() // 2
+        job.note(f"batch size halved to {job.batch_size}", f"out of memory in {where}")

@@ -27,7 +27,7 @@ FILES = {
 MOST_LINES = 350
 
 PLOTTING = {"matplotlib"}
-TABLES = {"numpy", "pandas", "scipy", "tabulate"} | PLOTTING
+TABLES = {"numpy", "pandas", "pyarrow", "scipy", "tabulate"} | PLOTTING
 TENSORS = {"torch", "transformers", "datasets", "safetensors", "huggingface_hub", "tokenizers", "numpy"}
 FILES_AND_FOLDERS = {"filelock", "platformdirs"}
 

@@ -1,12 +1,45 @@
-"""Writing files that are never half there."""
+"""Writing files that are never half there, and reading files that anybody may have put there."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from prunebench.errors import StoreError
+
+
+def read_file(path: Path, within: Path, most: int) -> bytes:
+    """A file's content, if it is a file: neither a pipe, which might never end, nor outside its folder, nor too large.
+
+    Args:
+        path: the file; links are followed as far as they stay inside.
+        within: the folder that links may not lead out of.
+        most: bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else; the message says what.
+    """
+    if not is_within(path, within):
+        raise ValueError(f"it is a link that leads out of {within}")
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # which opens a pipe without a writer too
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no file")
+        if status.st_size > most:
+            raise ValueError(f"it is larger than {most >> 20} MiB")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(handle)
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path, with all links followed, is inside a folder. What is not there yet counts where it would be."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,7 +55,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_aside(folder: Path, content: str | bytes) -> Path:
-    """Write a durable file under a passing name in `folder`, to be moved or linked into place; made if it is not there."""
+    """Write a durable file under a passing name in `folder`, to be moved or linked into place; made if it is not there.
+
+    Until it is whole only its owner may read it, and nobody can guess its name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=folder, suffix=".tmp", delete=False) as file:
         path = Path(file.name)
@@ -31,7 +67,7 @@ def write_aside(folder: Path, content: str | bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
             path.chmod(0o644)
-        except OSError:
+        except BaseException:  # an interruption too
             path.unlink(missing_ok=True)
             raise
     return path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from prunebench.effort import Effort
 from prunebench.errors import PluginError, PrunebenchError, described
 from prunebench.plugins import load_registry
 from prunebench.spec import Changes, Claims, Eval, Needs, Pruner
@@ -27,6 +29,13 @@ def _is_texts(answer: Any) -> bool:
     return isinstance(answer, Sequence) and not isinstance(answer, str) and all(isinstance(text, str) for text in answer)
 
 
+def _is_effort(answer: Any) -> bool:
+    if not isinstance(answer, Sequence) or not all(isinstance(part, Effort) for part in answer):
+        return False
+    counts = [value for part in answer for name, value in vars(part).items() if name not in ("phase", "dtype")]
+    return all(isinstance(count, int | float) and 0 <= count < math.inf for count in counts)
+
+
 QUESTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "needs": (lambda answer: isinstance(answer, Needs), "a Needs"),
     "changes": (lambda answer: isinstance(answer, Changes), "a Changes"),
@@ -39,6 +48,7 @@ QUESTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda answer: answer is None or (isinstance(answer, str) and bool(answer.strip())),
         "a reason in one sentence, or None",
     ),
+    "effort": (_is_effort, "a list of Effort, of numbers that are not negative"),
     "conditions": (_is_json, "a mapping that JSON can hold"),
     "texts": (_is_texts, "a list of texts"),
 }

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from prunebench.effort import Effort, EffortFacts, usual_effort
 from prunebench.errors import ContractError
 from prunebench.handles import Anatomy, BlockHandle, DenseWeights, Matrix, Placement
 from prunebench.hooks import API_VERSION, Hooks, hookimpl, hookspec
@@ -32,6 +33,8 @@ __all__ = [
     "Changes",
     "Claims",
     "DenseWeights",
+    "Effort",
+    "EffortFacts",
     "Eval",
     "EvalFacts",
     "EvalJob",
@@ -241,6 +244,12 @@ class Pruner(abc.ABC):
     def refuses(self, facts: JobFacts) -> str | None:  # noqa: ARG002 - the signature is the contract
         """A reason in one sentence why this job cannot be done, or None; asked for every step before the first starts."""
         return None
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """What `prune` computes, by phase, for an estimate of its cost before it runs; the usual for what it needs."""
+        needs = self.needs()
+        calibrated, gradients, trains = (bool(needs & n) for n in (Needs.CALIBRATION, Needs.GRADIENTS, Needs.TRAINING))
+        return usual_effort(facts, calibrated=calibrated, gradients=gradients, trains=trains)
 
     @abc.abstractmethod
     def prune(self, job: Job) -> None:

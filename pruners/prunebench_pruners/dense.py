@@ -5,10 +5,11 @@ Needs nothing; changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunebench.spec import Changes, Job, Pruner
+from prunebench.spec import Changes, Effort, EffortFacts, Job, Pruner
 
 
 @dataclass
@@ -20,6 +21,10 @@ class DensePruner(Pruner):
     def changes(self) -> Changes:
         """Nothing."""
         return Changes.NOTHING
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:  # noqa: ARG002 - the signature is the contract
+        """None."""
+        return ()
 
     def prune(self, job: Job) -> None:
         """Leave the model alone."""

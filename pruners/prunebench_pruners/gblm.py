@@ -14,9 +14,11 @@ theirs in `eval()`; it is done block by block, so that it needs the memory of on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from prunebench.effort import TO_INPUTS, Effort, EffortFacts, gradient_effort, pruning_effort, walking_effort
 from prunebench.spec import Claims, Job, Needs, Pruner, option
 from prunebench.toolkit import InputNorm, gradient_scores, keep_mask, loss_gradients, walk
 
@@ -44,6 +46,13 @@ class Gblm(Pruner):
     def claims(self) -> Claims:
         """A gradient depends on all rows of a matrix, and on the model as it was before the step; without any it is Wanda."""
         return Claims.CHANNELS if self.alpha else Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """Wanda's, and a pass forward with all blocks' inputs kept, the head, and every block there and back."""
+        tokens = facts.tokens
+        forward = Effort(phase="propagation", blocks=tokens, length=facts.length, held=tokens * (facts.layers + 2), copies=1)
+        top = Effort(phase="statistics", head=TO_INPUTS * tokens, at_once=facts.length)
+        return [*walking_effort(facts), *pruning_effort(), forward, top, gradient_effort(facts)]
 
     def prune(self, job: Job) -> None:
         """One backward pass of each sample through the whole model, and then Wanda with another score."""

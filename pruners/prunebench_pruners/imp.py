@@ -15,14 +15,17 @@ matrix to the same share, and so do we.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 
+from prunebench.effort import Effort, EffortFacts, pruning_effort
 from prunebench.spec import Changes, Claims, Job, JobFacts, Needs, Pruner, option
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import Retraining, keep_mask, magnitude_scores, report, retrain
+from prunebench.toolkit.recovery import retraining_effort
 
 
 @dataclass
@@ -77,6 +80,10 @@ class Imp(Pruner):
             removed = math.ceil(round((final.of - final.keep) * self.sparsity(done, final.sparsity) / final.sparsity, 9))
             return NM(final.of - removed, final.of)
         return Unstructured(self.sparsity(done, final.sparsity)) if isinstance(final, Unstructured) else final
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """A scoring and a training a round."""
+        return [*pruning_effort(self.rounds), retraining_effort(self.retrain, facts, self.rounds)]
 
     def prune(self, job: Job) -> None:
         """Round by round."""

@@ -18,17 +18,18 @@ of the steps warm up (theirs: 5 steps); factors in float32 whatever the model's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from prunebench.effort import TO_INPUTS, Effort, EffortFacts, training_effort
 from prunebench.spec import Changes, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.toolkit.adapters import Adapter
 from prunebench.toolkit.lowrank import LowRank
-from prunebench.toolkit.recovery import generators, merge_and_compare, next_token_loss, report, shuffled
+from prunebench.toolkit.recovery import generators, merge_and_compare, next_token_loss, report, retraining_effort, shuffled
 from prunebench.toolkit.retrain import Retraining, Scope, train, whole_model
 from prunebench.toolkit.roles import Role, rows_with, unknown_roles
 
@@ -104,6 +105,13 @@ class Lora(Pruner):
     def refuses(self, facts: JobFacts) -> str | None:
         """A model in which a role is not found."""
         return unknown_roles(self.roles, facts)
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """Beside the weights no gradient of a matrix is taken; for the masks that of the merged one."""
+        if self.merge == "masked":
+            return [retraining_effort(self.settings(), facts)]
+        dtype = "bfloat16" if self.precision == "bfloat16" else None
+        return [training_effort(facts, self.steps * self.batch, TO_INPUTS, copies=0.0, dtype=dtype)]
 
     def prune(self, job: Job) -> None:
         """Train, then attach or merge."""

@@ -19,11 +19,14 @@ has `batch`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from prunebench.effort import Effort, EffortFacts
 from prunebench.spec import Changes, Job, JobFacts, Needs, Pruner, option
 from prunebench.toolkit import Retraining, reconstruct, report, retrain
+from prunebench.toolkit.recovery import reconstruction_effort, retraining_effort
 
 
 @dataclass
@@ -51,6 +54,10 @@ class Perp(Retraining, Pruner):
     def refuses(self, facts: JobFacts) -> str | None:
         """A subset that the model does not have."""
         return self.misfit(facts)
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """That of the mode."""
+        return [retraining_effort(self, facts)] if self.mode == "retrain" else reconstruction_effort(self, facts)
 
     def prune(self, job: Job) -> None:
         """Recover."""

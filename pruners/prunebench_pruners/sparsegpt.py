@@ -16,12 +16,14 @@ again with more damping, and noted, where theirs stops. Entries that earlier ste
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
+from prunebench.effort import Effort, EffortFacts, pruning_effort, walking_effort
 from prunebench.errors import RunError
 from prunebench.spec import Changes, Claims, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.targets import NM, Unstructured
@@ -79,6 +81,11 @@ class SparseGpt(Pruner):
         if self.mask == "given" and not facts.earlier:
             return "mask=given keeps the mask of an earlier step, and there is none."
         return None
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """Gram matrices beside the norms; two factorisations and an inversion of each, and a sweep a matrix."""
+        grams = Effort(phase="statistics", grams=facts.tokens, at_once=facts.batch_size * facts.length)
+        return [*walking_effort(facts), *pruning_effort(), grams, Effort(phase="update", factors=3, sweeps=1)]
 
     def prune(self, job: Job) -> None:
         """One pass of the calibration set through each block, a sweep a matrix, one pass through the pruned block."""

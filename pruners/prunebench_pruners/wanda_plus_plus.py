@@ -20,15 +20,16 @@ Weights that an earlier step removed stay removed and do not train. A learning r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from prunebench.effort import Effort, EffortFacts, gradient_effort, pruning_effort, walking_effort
 from prunebench.spec import Changes, Claims, Job, Matrix, Needs, Pruner, option
 from prunebench.toolkit import Block, InputNorm, Replica, gradient_scores, keep_mask, walk, wanda_scores
-from prunebench.toolkit.regional import Findings, Student
+from prunebench.toolkit.regional import Findings, Student, student_effort
 
 Tensors = Mapping[Matrix, torch.Tensor]
 
@@ -77,6 +78,19 @@ class WandaPlusPlus(Pruner):
         """Gradients and RO couple rows; without both it is Wanda. A block that comes pruned is its own teacher."""
         coupled = self.trains or (self.rgs and self.alpha > 0)
         return Claims.CHANNELS | Claims.PREFIX | (Claims.NOTHING if coupled else Claims.ROWS)
+
+    def effort(self, facts: EffortFacts) -> Sequence[Effort]:
+        """Wanda's and the gradients'; for RO scorings, and a step a sample drawn with the teacher's output beside it."""
+        found = walking_effort(facts)
+        if self.rgs:
+            found += [gradient_effort(facts)] * (1 + (self.trains and self.refresh_gradient))
+        if not (self.trains and facts.prunes):
+            return found + pruning_effort()
+        steps = self.rounds * min(self.ro_samples, facts.samples)
+        drawn, held_out = steps * facts.length, facts.tokens if facts.samples > self.ro_samples else 0
+        scored = Effort(phase="statistics", blocks=drawn + held_out, length=facts.length, dtype="float32")
+        trained = student_effort(facts, steps, min(self.ro_samples, facts.samples))
+        return [*found, scored, *pruning_effort(self.rounds + 1 + bool(held_out)), trained]
 
     def prune(self, job: Job) -> None:
         """One backward pass through each block for the score; then its masks at once, or after the rounds of RO."""

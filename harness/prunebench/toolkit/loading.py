@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,17 @@ class ModelShape:
     vocabulary: int
     context: int
     """The longest sequence."""
+    attention: int = 0
+    """Width of all heads' queries together."""
+    matrices: tuple[tuple[int, int], ...] = ()
+    """(outputs, inputs) of every prunable matrix; none where blocks are not found, which a run will say."""
+    inputs: tuple[int, ...] = ()
+    """Widths of what these matrices read; siblings, of one parent and not its last, read the same."""
+
+    @property
+    def prunable(self) -> int:
+        """Weights in prunable matrices."""
+        return sum(outputs * inputs for outputs, inputs in self.matrices)
 
 
 def shape_of(source: ModelSource) -> ModelShape:
@@ -159,14 +172,33 @@ def shape_of(source: ModelSource) -> ModelShape:
     embedding = shell.get_input_embeddings().weight
     head = shell.get_output_embeddings()
     tied = head is not None and head.weight is embedding
+    matrices = _matrices(shell)
+    heads, width = int(getattr(settings, "num_attention_heads", None) or 1), int(settings.hidden_size)
     return ModelShape(
         parameters=parameters,
         multiplied=parameters - (0 if tied else embedding.numel()),
         layers=int(settings.num_hidden_layers),
-        hidden=int(settings.hidden_size),
+        hidden=width,
         vocabulary=int(settings.vocab_size),
         context=context_of(config),
+        attention=heads * int(getattr(settings, "head_dim", None) or width // heads),
+        matrices=tuple(shape for _, shape in matrices),
+        inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(list(siblings))),
     )
+
+
+def _matrices(shell: Any) -> list[tuple[str, tuple[int, int]]]:
+    """Of every prunable matrix its parent's name and its shape; none where a run would be refused."""
+    try:
+        return [(matrix.name.rpartition(".")[0], matrix.shape) for matrix in find_anatomy(shell).matrices]
+    except (ModelError, Refused):
+        return []
+
+
+def _read(siblings: list[tuple[str, tuple[int, int]]]) -> list[int]:
+    """Widths of what the matrices of one parent read: the first ones the same, the last what they have made of it."""
+    widths = [inputs for _, (_, inputs) in siblings]
+    return [widths[0], widths[-1]] if len(widths) > 1 else widths
 
 
 def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:

@@ -9,11 +9,13 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from prunebench.effort import TO_INPUTS, TO_WEIGHTS, Effort, EffortFacts, training_effort, walking_effort
 from prunebench.spec import Job
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.lowrank import LowRank
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.retrain import (
+    LORA_KINDS,
     Cast,
     Loss,
     OwnParameters,
@@ -80,6 +82,36 @@ def reconstruct(job: Job, settings: Retraining) -> None:
         job.note("block_loss_of_the_first_batch", [float(f"{training.losses[0]:.4g}") for training in trainings])
         job.note("block_loss_of_the_last_batch", [float(f"{training.losses[-1]:.4g}") for training in trainings])
         job.note("changes_that_survive_the_cast", cast.share)
+
+
+def retraining_effort(settings: Retraining, facts: EffortFacts, trainings: int = 1) -> Effort:
+    """What `retrain` computes, so many times: AdamW looks at a weight eight times a step, a merged one is made anew a piece."""
+    sequences = trainings * settings.steps * settings.batch
+    pieces = sequences / min(facts.batch_size, settings.batch)
+    dtype = "bfloat16" if settings.precision == "bfloat16" else None
+    if settings.subset in LORA_KINDS:  # the merged weight, its gradient, and both times the mask
+        return training_effort(facts, sequences, copies=2.0, looks=8 * pieces, dtype=dtype)
+    if settings.subset == "all":
+        return training_effort(facts, sequences, looks=8 * trainings * settings.steps + 4 * pieces, dtype=dtype)
+    return training_effort(facts, sequences, TO_INPUTS, copies=0.0, dtype=dtype)
+
+
+def reconstruction_effort(settings: Retraining, facts: EffortFacts) -> list[Effort]:
+    """What `reconstruct` computes: in each block every step, and the dense block's outputs in float32."""
+    tokens, batch = settings.steps * settings.batch * facts.length, facts.batch_size * facts.length
+    trained = Effort(
+        phase="training",
+        blocks=TO_WEIGHTS * tokens,
+        length=facts.length,
+        at_once=batch,
+        looks=8 * settings.steps,
+        dtype="bfloat16" if settings.precision == "bfloat16" else "float32",
+        held=facts.tokens,
+        graph=batch,
+        copies=6 / facts.layers,
+    )
+    dense = Effort(phase="training", blocks=tokens, length=facts.length, at_once=batch, dtype="float32")
+    return [*walking_effort(facts, collected=False), trained, dense]
 
 
 def next_token_loss(model: nn.Module) -> Loss:

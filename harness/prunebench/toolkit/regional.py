@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from prunebench.effort import TO_WEIGHTS, Effort, EffortFacts
 from prunebench.handles import Matrix
 from prunebench.spec import Job
 from prunebench.toolkit.phases import phase
@@ -95,6 +96,21 @@ class Student:
         with torch.no_grad():
             for matrix, mask in self._masks.items():
                 torch.mul(self._values[matrix], mask, out=self._shown[matrix].detach())
+
+
+def student_effort(facts: EffortFacts, steps: int, drawn: int) -> Effort:
+    """What `Student.train` computes: so many steps of one sample in every block, the teacher's outputs of those drawn held."""
+    return Effort(
+        phase="training",
+        blocks=(TO_WEIGHTS + 1) * steps * facts.length,
+        length=facts.length,
+        at_once=facts.length,
+        looks=6 * steps,  # RMSprop reads and writes the weight, its gradient and their mean square
+        dtype="float32",
+        held=facts.tokens + 2 * drawn * facts.length,
+        graph=facts.length,
+        copies=6 / facts.layers,
+    )
 
 
 @dataclass

@@ -1,0 +1,317 @@
+"""Runs as tasks of Ray: on a Ray of this machine that the command starts, or on a cluster that is there.
+
+A run is one task with the suite's resources, in a worker process of its own. Ray begins a task anew when its worker or its node
+died, at most twice; what a method raises is in the record that the task returns, and is not tried again. Records are written by
+the command. Nothing heavy is imported with this module, because the mailbox's process imports it too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from prunebench.errors import RequestError, first_line
+
+if TYPE_CHECKING:
+    from prunebench.bench.executors import Listener
+    from prunebench.bench.plan import RunRequest
+    from prunebench.results.records import Failure
+
+RETRIES = 2
+"""How often a run is begun anew whose worker died."""
+
+STORE_BYTES = 256 << 20
+"""Of the local Ray's object store: requests with their tokens, and records, a few MiB each."""
+
+LONGEST_FOLDER = 40
+"""Characters of the temporary folder: Ray adds about 65, and the path of a socket ends at 107."""
+
+END_SECONDS, POLL_SECONDS, MEMORY_SECONDS = 10.0, 0.1, 0.25
+"""To wait for tasks that were told to end; between two looks at the mailbox; between two looks at a run's memory."""
+
+Letter = tuple[str, str, tuple[Any, ...]]
+"""A run's id, what is told of it, and its content."""
+
+
+class Mailbox:
+    """Where runs leave word of how they are getting on; an actor of Ray."""
+
+    def __init__(self) -> None:
+        self._letters: list[Letter] = []
+
+    def put(self, letter: Letter) -> None:
+        """Leave a letter."""
+        self._letters.append(letter)
+
+    def take(self) -> list[Letter]:
+        """All letters since the last call."""
+        letters, self._letters = self._letters, []
+        return letters
+
+
+@dataclass
+class Task:
+    """A run that was handed to Ray."""
+
+    request: RunRequest
+    reference: Any
+    handed: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    """When its present worker began; None while it waits for one."""
+    attempts: int = 0
+    node: str = ""
+    shared: bool = False
+    """Another run was at work on its node at the same time."""
+
+    def is_late(self) -> bool:
+        """Whether it has been at work longer than it may; waiting for a place does not count."""
+        timeout = self.request.timeout
+        return None not in (self.began, timeout) and time.monotonic() - self.began > timeout
+
+
+class RayExecutor:
+    """Hands runs to Ray as there is room for them."""
+
+    name = "ray"
+    keeps_records = False
+
+    def __init__(self, jobs: int | None, address: str | None = None) -> None:
+        """Ray is started, or asked, once the first run is there.
+
+        Args:
+            jobs: runs at a time, at most; None for as many as there are resources for.
+            address: of a cluster; None starts a Ray on this machine.
+
+        Raises:
+            RequestError: ray is not installed.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise RequestError("--executor ray needs Ray, which is not installed: pip install 'prunebench[ray]'.")
+        self._jobs, self._address = jobs, address
+        self._ray: Any = None
+        self._mailbox: Any = None
+        self._work: Any = None
+        self._folder: Path | None = None
+        self._tasks: dict[str, Task] = {}
+
+    def room(self) -> int:
+        """As many runs as fit into what is free, and one to wait for the next place; runs are taken to be like the last one."""
+        most = len(self._tasks) + 1 if self._jobs is None else self._jobs
+        if self._ray is None or not self._tasks:
+            return 1
+        free, needs = self._ray.available_resources(), self._needs(list(self._tasks.values())[-1].request)
+        fitting = min((int(free.get(name, 0) // amount) for name, amount in needs.items() if amount), default=1)
+        waiting = sum(task.began is None for task in self._tasks.values())
+        if self._jobs is None:
+            most += fitting
+        return max(0, min(most - len(self._tasks), fitting + 1 - waiting))
+
+    def start(self, requests: Sequence[RunRequest]) -> None:
+        """Hand the runs over.
+
+        Raises:
+            RequestError: Ray does not start, no cluster answers, or a local run asks for GPUs that are not here.
+        """
+        if self._ray is None:
+            self._connect()
+        for request in requests:
+            needs = self._needs(request)
+            amounts: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
+            if needs["memory"]:
+                amounts["memory"] = needs["memory"]
+            if request.resources.gpus and request.device.startswith("cuda"):
+                request = replace(request, device="cuda")  # Ray says which by CUDA_VISIBLE_DEVICES
+            task = self._work.options(name=f"prunebench {request.spec.id}", **amounts)
+            self._tasks[request.spec.id] = Task(request, task.remote(request, self._mailbox))
+
+    def wait(self, listener: Listener, seconds: float) -> None:
+        """Pass on what the workers say, and take the records of those that are done."""
+        if not self._tasks:
+            return
+        references = [task.reference for task in self._tasks.values()]
+        ready, _ = self._ray.wait(references, num_returns=1, timeout=min(seconds, POLL_SECONDS))
+        self._read_mail(listener)
+        for run, task in list(self._tasks.items()):
+            if task.reference in ready:
+                self._take(run, task, listener)
+            elif task.is_late():
+                message = f"the run took longer than its limit of {task.request.timeout:g} seconds."
+                self._give_up(run, "timeout", "TimeoutError", message, listener)
+
+    def close(self) -> None:
+        """End the tasks; a Ray that was started here ends, a cluster stays."""
+        if self._ray is None:
+            return
+        for task in self._tasks.values():
+            self._ray.cancel(task.reference, force=True)
+        references = [task.reference for task in self._tasks.values()]
+        with suppress(self._ray.exceptions.RayError):
+            if references:
+                self._ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
+        self._tasks = {}
+        self._ray.shutdown()
+        self._ray._private.worker._worker_logs_enabled = True
+        self._ray = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _connect(self) -> None:
+        """Start Ray or join the cluster; quietly, and without telling anybody."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be the default; unset, it warns
+        os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end otherwise
+        import ray
+
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address is not None:
+            where = f"the Ray cluster {self._address} cannot be used"
+            options = {"address": self._address, "runtime_env": {"env_vars": _told_to_workers()}}
+        else:
+            where = "Ray cannot be started on this machine"
+            self._folder = Path(tempfile.mkdtemp(prefix="prunebench-ray-", dir=_short_folder()))
+            options = {
+                "address": "local",
+                "include_dashboard": False,
+                "num_cpus": len(os.sched_getaffinity(0)),
+                "object_store_memory": STORE_BYTES,
+                "_temp_dir": str(self._folder),
+            }
+        try:
+            ray.init(**options, **quiet)
+        except (ConnectionError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise RequestError(f"{where}: {first_line(error).rstrip('.')}.") from None
+        self._ray = ray
+        ray._private.worker._worker_logs_enabled = False  # what it prints of dying workers is in records, or made good
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        # It lives where the command does, so that a node that dies takes no letters with it.
+        self._mailbox = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox).remote()
+        self._work = ray.remote(max_calls=1, max_retries=RETRIES, retry_exceptions=False)(work)
+
+    def _needs(self, request: RunRequest) -> dict[str, int]:
+        """What a run books. On this machine never more cores than there are: a run may have more threads than cores."""
+        resources = request.resources
+        there = self._ray.cluster_resources()
+        cpus = resources.cpus
+        if self._address is None:
+            cpus = min(cpus, int(there.get("CPU", 1)))
+            if resources.gpus > there.get("GPU", 0):
+                raise RequestError(f"a run asks for {resources.gpus} GPUs, and this machine has {int(there.get('GPU', 0))}.")
+        return {"CPU": cpus, "GPU": resources.gpus, "memory": int(resources.memory or request.memory or 0)}
+
+    def _read_mail(self, listener: Listener) -> None:
+        letters: list[Letter] = []
+        with suppress(self._ray.exceptions.RayError):  # what was in a mailbox that died was progress only
+            letters = self._ray.get(self._mailbox.take.remote())
+        for run, kind, content in letters:
+            task = self._tasks.get(run)
+            if task is None:
+                continue  # of a worker that was told to end
+            if kind == "began":
+                self._begin(task, *content)
+                listener.began(run, content[1])
+            elif kind == "progress":
+                listener.progress(run, *content)
+            else:
+                self._give_up(run, "oom", "MemoryLimit", content[0], listener)
+
+    def _begin(self, task: Task, node: str, _: str) -> None:
+        task.began, task.node = time.monotonic(), node
+        task.attempts += 1
+        for other in self._tasks.values():
+            if other is not task and other.began is not None and other.node == node:
+                other.shared = task.shared = True
+
+    def _take(self, run: str, task: Task, listener: Listener) -> None:
+        """The record of a task that is done, or of how it died."""
+        from prunebench.bench.executors import failed_record
+        from prunebench.results.records import RunRecord
+
+        try:
+            record = RunRecord.model_validate_json(self._ray.get(task.reference))
+        except self._ray.exceptions.RayError as error:
+            failure = explained(error, task.attempts)
+            record = failed_record(task.request, failure, self.name, task.began or task.handed)
+        if task.shared:
+            provenance = record.provenance.model_copy(update={"shared_machine": True})
+            record = record.model_copy(update={"provenance": provenance})
+        del self._tasks[run]
+        listener.ended(run, record)
+
+    def _give_up(self, run: str, kind: Any, name: str, message: str, listener: Listener) -> None:
+        """End a run that is beyond a limit; Ray gives its place away once its worker is gone."""
+        from prunebench.bench.executors import failed_record
+        from prunebench.results.records import Failure
+
+        task = self._tasks.pop(run)
+        self._ray.cancel(task.reference, force=True)
+        failure = Failure(kind=kind, type=name, message=message, step=None)
+        listener.ended(run, failed_record(task.request, failure, self.name, task.began or task.handed))
+
+
+def work(request: RunRequest, mailbox: Any) -> str:
+    """The task: do the run in this worker, and return its record as JSON."""
+    import ray
+
+    from prunebench.bench.runner import run
+    from prunebench.bench.subprocesses import Throttled
+
+    def tell(letter: tuple[str, tuple[Any, ...]]) -> None:
+        mailbox.put.remote((request.spec.id, *letter))
+
+    gpus = "".join(f", GPU {index}" for index in ray.get_gpu_ids())
+    node = ray.get_runtime_context().get_node_id()
+    tell(("began", (node, f"{socket.gethostname()}, process {os.getpid()}{gpus}")))
+    if request.memory is not None:
+        threading.Thread(target=watch_memory, args=(request.memory, tell), daemon=True).start()
+    record = run(request, Throttled(SimpleNamespace(send=tell)), RayExecutor.name)
+    return record.model_dump_json(by_alias=True)
+
+
+def watch_memory(limit: float, tell: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
+    """Tell the command once this process uses more than so many bytes."""
+    from prunebench.bench.subprocesses import used_bytes
+
+    while used_bytes(os.getpid()) <= limit:
+        time.sleep(MEMORY_SECONDS)
+    tell(("beyond", (f"the run used more memory than its limit of {limit / (1 << 30):g} GiB.",)))
+
+
+def explained(error: Exception, attempts: int) -> Failure:
+    """Why a task came to no record, as Ray says it, after it was begun so many times."""
+    from ray import exceptions
+
+    from prunebench.results.records import Failure
+
+    said, name = " ".join(str(error).split()), type(error).__name__
+    if isinstance(error, exceptions.OutOfMemoryError):
+        message = f"the worker was ended by Ray, whose node was out of memory. Ray says: {said}"
+        return Failure(kind="oom", type=name, message=message, step=None)
+    if isinstance(error, exceptions.RayTaskError):
+        cause = error.cause
+        message = f"the run could not be begun on its worker: {type(cause).__name__}: {first_line(cause)}"
+        return Failure(kind="error", type=type(cause).__name__, message=message, step=None)
+    message = f"the run was begun {attempts} times, and its worker died each time. Ray says: {said}"
+    return Failure(kind="killed", type=name, message=message, step=None)
+
+
+def _told_to_workers() -> dict[str, str]:
+    """Settings of this shell that the workers of a cluster need too; no token is among them."""
+    names = {"HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"}
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith("PRUNEBENCH_")}
+
+
+def _short_folder() -> str:
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= LONGEST_FOLDER else "/tmp"

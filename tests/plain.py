@@ -10,7 +10,7 @@ import torch
 from prunebench.spec import Changes, Job, Matrix, Pruner
 from prunebench.toolkit import keep_mask, magnitude_scores, walk
 
-CLAIMS = {"rows_commute", "channels_commute", "nested", "pruned_prefix"}
+CLAIMS = {"rows_commute", "channels_commute", "nested", "pruned_prefix", "resumes"}
 """Laws that are asked of those who claim them."""
 
 

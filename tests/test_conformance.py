@@ -33,6 +33,7 @@ from prunebench.testing import (
     check_nested,
     check_pruned_prefix,
     check_pruner,
+    check_resumes,
     check_rows_commute,
     check_target_met,
     make_job,
@@ -82,6 +83,7 @@ CLAIM_OF = {
     check_channels_commute: Claims.CHANNELS,
     check_nested: Claims.NESTED,
     check_pruned_prefix: Claims.PREFIX,
+    check_resumes: Claims.BLOCKWISE,
 }
 
 
@@ -135,7 +137,7 @@ UNCLAIMED = {
     "wanda++ without training": (PLAIN_RGS, {"rows_commute", "nested"}),
     "sparsegpt": (SparseGpt, {"channels_commute", "nested"}),
     "sparsegpt under wanda's mask": (partial(SparseGpt, mask="wanda"), {"channels_commute", "nested"}),
-    "imp": (partial(Imp, **FEW_STEPS["imp"]), {"rows_commute", "nested", "pruned_prefix"}),
+    "imp": (partial(Imp, **FEW_STEPS["imp"]), {"rows_commute", "nested", "pruned_prefix", "resumes"}),
 }
 """What does not hold of a method, and so is not claimed. Of imp one claim more is left out: it holds but for rounding."""
 

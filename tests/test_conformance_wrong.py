@@ -574,6 +574,45 @@ class DensePrefix(Plain):
             matrix.keep(keep_mask(wanda_scores(matrix.weight, norm), job.target, "row"))
 
 
+class RemembersBlocks(Plain):
+    """Spares in a block what stood out in the one before, and tells the walk of nothing that it carries."""
+
+    def claims(self) -> Claims:
+        return Claims.BLOCKWISE
+
+    def prune(self, job: Job) -> None:
+        seen = torch.zeros(())
+        for block in walk(job):
+            for matrix in block.matrices:
+                scores = magnitude_scores(matrix.weight)
+                scores[:, : scores.shape[1] // 2] += seen.abs()
+                seen = scores.mean()
+                matrix.keep(survivors_by(scores, matrix, job))
+
+
+class GoesBack(Plain):
+    """Lays the masks of all blocks when it has seen the last, so that nothing is finished on leaving one."""
+
+    def claims(self) -> Claims:
+        return Claims.BLOCKWISE
+
+    def prune(self, job: Job) -> None:
+        masks = [(matrix, self.mask(job, matrix)) for block in walk(job) for matrix in block.matrices]
+        for matrix, mask in masks:
+            matrix.keep(mask)
+
+
+class WalksNot(Plain):
+    """Has no walk that could be taken up."""
+
+    def claims(self) -> Claims:
+        return Claims.BLOCKWISE
+
+    def prune(self, job: Job) -> None:
+        for matrix in job.anatomy.matrices:
+            matrix.keep(self.mask(job, matrix))
+
+
 class ClaimsNoClaim(Plain):
     def claims(self) -> Any:
         return "rows"
@@ -671,6 +710,9 @@ WRONG: list[tuple[type[Plain], str, set[str], str]] = [  # where, the laws that 
     (OrdersColumns, "opt", {"channels_commute"}, "do not move with the channels"),
     (DrawsForEachSparsity, "llama", {"nested"}, "are removed at 0.25 and not at 0.5"),
     (DensePrefix, "llama", {"pruned_prefix"}, "when an earlier step had pruned the block before it"),
+    (RemembersBlocks, "llama", {"resumes"}, "is another at 0.5 when the step was killed after 1 of its blocks"),
+    (GoesBack, "llama", {"resumes"}, "is another at 0.5 when the step was killed after 1 of its blocks"),
+    (WalksNot, "llama", {"resumes"}, "no walk left a block at 0.5"),
     (ClaimsNoClaim, "llama", {"refuses_first", *CLAIMS}, "claims() of the pruner 'plain' answers 'rows'"),
     (Inverted, "quickstart", POOR, "random pruning would leave at least"),
     (WholeColumns, "quickstart", POOR, "random pruning would leave at least"),

@@ -5,8 +5,9 @@ Torch is imported for type checking only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -97,3 +98,30 @@ class Placement(Protocol):
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """A batch of activations on the device."""
+
+
+@dataclass(frozen=True)
+class WalkState:
+    """What a walk needs to go on behind a block."""
+
+    done: int
+    """Blocks that are finished, the first ones."""
+    blocks: Mapping[str, torch.Tensor]
+    """Numbers and keep masks of the blocks that were finished since the state before; of all of them when it is given back."""
+    passing: Mapping[str, torch.Tensor]
+    """Hidden states, and what else each state replaces."""
+    facts: dict[str, Any]
+    """The rest, which `json` can write."""
+
+
+class Checkpoint(Protocol):
+    """Where a step's walk leaves what a run that is killed needs to go on."""
+
+    def take(self) -> WalkState | None:
+        """What a killed run left of this walk; None where it starts from the first block; also for a second walk."""
+
+    def due(self, done: int) -> bool:
+        """Whether a state is wanted after so many blocks."""
+
+    def keep(self, state: WalkState) -> None:
+        """Make a state durable; the one before it is given up only then."""

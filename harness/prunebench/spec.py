@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from prunebench.effort import Effort, EffortFacts, usual_effort
 from prunebench.errors import ContractError
-from prunebench.handles import Anatomy, BlockHandle, DenseWeights, Matrix, Placement
+from prunebench.handles import Anatomy, BlockHandle, Checkpoint, DenseWeights, Matrix, Placement
 from prunebench.hooks import API_VERSION, Hooks, hookimpl, hookspec
 from prunebench.targets import NM, Target
 
@@ -104,6 +104,8 @@ class Claims(enum.Flag):
     PREFIX = enum.auto()
     """Statistics come from the pruned prefix: a block's masks are what they are when an earlier step had pruned, as this one
     does, the blocks before it."""
+    BLOCKWISE = enum.auto()
+    """One walk changes nothing but blocks, each by its weights, its inputs, the job and what the walk is told to carry."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class Job:
     calibration_tokens: torch.Tensor | None = None
     training_tokens: torch.Tensor | None = None
     validation_tokens: torch.Tensor | None = None
+    checkpoint: Checkpoint | None = None
+    """Where `walk` leaves what a killed run needs; for those who claim BLOCKWISE."""
 
     @property
     def device(self) -> torch.device:

@@ -45,7 +45,8 @@ class Gblm(Pruner):
 
     def claims(self) -> Claims:
         """A gradient depends on all rows of a matrix, and on the model as it was before the step; without any it is Wanda."""
-        return Claims.CHANNELS if self.alpha else Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
+        claims = Claims.CHANNELS | Claims.BLOCKWISE
+        return claims if self.alpha else claims | Claims.ROWS | Claims.PREFIX
 
     def effort(self, facts: EffortFacts) -> Sequence[Effort]:
         """Wanda's, and a pass forward with all blocks' inputs kept, the head, and every block there and back."""

@@ -31,7 +31,7 @@ class Magnitude(Pruner):
 
     def claims(self) -> Claims:
         """An entry's score is its own: all of them."""
-        return Claims.ROWS | Claims.CHANNELS | Claims.NESTED | Claims.PREFIX
+        return Claims.ROWS | Claims.CHANNELS | Claims.NESTED | Claims.PREFIX | Claims.BLOCKWISE
 
     def prune(self, job: Job) -> None:
         """One look at each matrix."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from prunebench.effort import Effort, EffortFacts
-from prunebench.spec import Changes, Job, JobFacts, Needs, Pruner, option
+from prunebench.spec import Changes, Claims, Job, JobFacts, Needs, Pruner, option
 from prunebench.toolkit import Retraining, reconstruct, report, retrain
 from prunebench.toolkit.recovery import reconstruction_effort, retraining_effort
 
@@ -50,6 +50,10 @@ class Perp(Retraining, Pruner):
     def changes(self) -> Changes:
         """What the subset says; never a mask."""
         return self.changed()
+
+    def claims(self) -> Claims:
+        """Blocks are reconstructed one after the other; retraining is of the whole model."""
+        return Claims.BLOCKWISE if self.mode == "reconstruct" else Claims.NOTHING
 
     def refuses(self, facts: JobFacts) -> str | None:
         """A subset that the model does not have."""

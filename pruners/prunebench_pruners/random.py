@@ -29,12 +29,12 @@ class RandomPruner(Pruner):
 
     def claims(self) -> Claims:
         """The noise is the same whatever the target and the weights; it belongs to places, so it follows no permutation."""
-        return Claims.NESTED | Claims.PREFIX
+        return Claims.NESTED | Claims.PREFIX | Claims.BLOCKWISE
 
     def prune(self, job: Job) -> None:
         """Draw on the host, so that the masks are the same on every device."""
         generator = torch.Generator().manual_seed(job.seed)
-        for block in walk(job):
+        for block in walk(job, carries=[generator]):
             for matrix in block.matrices:
                 with phase("scoring"):
                     scores = torch.rand(matrix.shape, generator=generator).to(matrix.weight.device)

@@ -72,7 +72,7 @@ class SparseGpt(Pruner):
 
     def claims(self) -> Claims:
         """Rows are swept apart; columns in order, so not by channels; a mask that is given is not its own."""
-        return Claims.NOTHING if self.mask == "given" else Claims.ROWS | Claims.PREFIX
+        return Claims.BLOCKWISE if self.mask == "given" else Claims.ROWS | Claims.PREFIX | Claims.BLOCKWISE
 
     def refuses(self, facts: JobFacts) -> str | None:
         """Slabs that cut groups, a mask that nobody gives."""
@@ -90,7 +90,7 @@ class SparseGpt(Pruner):
     def prune(self, job: Job) -> None:
         """One pass of the calibration set through each block, a sweep a matrix, one pass through the pruned block."""
         findings = _Findings()
-        for block in walk(job):
+        for block in walk(job, carries=[findings]):
             if self.mask == "given":
                 for matrix in block.matrices:
                     matrix.weight.copy_(job.dense.weight(matrix))

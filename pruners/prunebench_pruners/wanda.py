@@ -29,7 +29,7 @@ class Wanda(Pruner):
 
     def claims(self) -> Claims:
         """Not nested: sparser blocks hand other inputs to those behind them."""
-        return Claims.ROWS | Claims.CHANNELS | Claims.PREFIX
+        return Claims.ROWS | Claims.CHANNELS | Claims.PREFIX | Claims.BLOCKWISE
 
     def prune(self, job: Job) -> None:
         """One pass of the calibration set through each block, and one through the pruned block."""

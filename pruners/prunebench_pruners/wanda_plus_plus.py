@@ -77,7 +77,7 @@ class WandaPlusPlus(Pruner):
     def claims(self) -> Claims:
         """Gradients and RO couple rows; without both it is Wanda. A block that comes pruned is its own teacher."""
         coupled = self.trains or (self.rgs and self.alpha > 0)
-        return Claims.CHANNELS | Claims.PREFIX | (Claims.NOTHING if coupled else Claims.ROWS)
+        return Claims.CHANNELS | Claims.PREFIX | Claims.BLOCKWISE | (Claims.NOTHING if coupled else Claims.ROWS)
 
     def effort(self, facts: EffortFacts) -> Sequence[Effort]:
         """Wanda's and the gradients'; for RO scorings, and a step a sample drawn with the teacher's output beside it."""
@@ -97,7 +97,7 @@ class WandaPlusPlus(Pruner):
         trains = self.trains and job.target.sparsity > 0  # a block that is its own teacher would learn rounding errors
         generator = torch.Generator().manual_seed(job.seed)  # on the host: the same draws on every device
         findings = Findings()
-        for block in walk(job):
+        for block in walk(job, carries=[generator, findings]):
             replica = block.replica() if self.rgs or trains else None
             gradients = replica.gradients(torch.linalg.vector_norm) if replica and self.rgs else None
             if replica and trains:

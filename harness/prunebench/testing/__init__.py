@@ -31,7 +31,8 @@ Laws on two of them, llama and opt:
 * `streaming`: the same bits when blocks move to a device and back, one at a time;
 * `silent`: no output, no log, no warning;
 * `refuses_first`: what does not fit is refused, and being asked changes nothing;
-* `rows_commute`, `channels_commute`, `nested`, `pruned_prefix`: in float64, for those that claim it (`Pruner.claims`).
+* `rows_commute`, `channels_commute`, `nested`, `pruned_prefix`: in float64, for those that claim it (`Pruner.claims`);
+* `resumes`: killed after a block and taken up there it ends with the same bits, for those that claim it.
 
 And on the trained model that ships with the package (the family `quickstart`):
 
@@ -59,7 +60,13 @@ from prunebench.testing.checks import (
     check_target_met,
     check_zero_sparsity,
 )
-from prunebench.testing.claims import check_channels_commute, check_nested, check_pruned_prefix, check_rows_commute
+from prunebench.testing.claims import (
+    check_channels_commute,
+    check_nested,
+    check_pruned_prefix,
+    check_resumes,
+    check_rows_commute,
+)
 from prunebench.testing.conduct import (
     check_batch_splits,
     check_nothing_left,
@@ -102,6 +109,7 @@ __all__ = [
     "check_pruned_prefix",
     "check_pruner",
     "check_refuses_first",
+    "check_resumes",
     "check_rows_commute",
     "check_same_seed",
     "check_saves",

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prunebench.spec import Changes, Claims
 from prunebench.targets import NM, Target, Unstructured
+from prunebench.testing.interruptions import Kept, Killed
 from prunebench.testing.models import INNER, tiny_model
 from prunebench.testing.trial import (
     CheckFailed,
@@ -23,6 +24,7 @@ from prunebench.testing.trial import (
     Factory,
     Task,
     Trial,
+    differing,
     failing,
     label,
     linears,
@@ -111,6 +113,33 @@ def check_pruned_prefix(make: Factory, family: str) -> None:
                 raise CheckFailed(
                     f"{wrong} zeros of {matrix.name} are others at {task} when an earlier step had pruned the block before it, "
                     f"and the pruner claims PREFIX."
+                )
+
+
+@failing()
+def check_resumes(make: Factory, family: str) -> None:
+    """BLOCKWISE: a step that is killed after a block, and goes on there, ends with the same bits, masks and notes."""
+    if not make().claims() & Claims.BLOCKWISE:
+        raise Declined(f"{label(make)} does not claim BLOCKWISE.")
+    for task in tasks(make, family, TWO_KINDS):
+        whole = Trial(make, family, task).prune()
+        for done in range(1, len(whole.anatomy.blocks)):
+            kept = Kept(done)
+            killed = Trial(make, family, task, checkpoint=kept)
+            try:
+                killed.prune()
+            except Killed:
+                pass
+            else:
+                raise CheckFailed(f"no walk left a block at {task}, and the pruner claims BLOCKWISE.")
+            again = Trial(make, family, task, checkpoint=kept).prune()
+            differ = differing(whole.left(), again.left()) + differing(dict(whole.anatomy.masks), dict(again.anatomy.masks))
+            if not differ and whole.notes != killed.notes | again.notes:
+                differ = ["a note"]
+            if differ:
+                raise CheckFailed(
+                    f"{differ[0]} is another at {task} when the step was killed after {done} of its blocks and went on there, "
+                    f"and the pruner claims BLOCKWISE."
                 )
 
 

@@ -15,7 +15,13 @@ from prunebench.testing.checks import (
     check_target_met,
     check_zero_sparsity,
 )
-from prunebench.testing.claims import check_channels_commute, check_nested, check_pruned_prefix, check_rows_commute
+from prunebench.testing.claims import (
+    check_channels_commute,
+    check_nested,
+    check_pruned_prefix,
+    check_resumes,
+    check_rows_commute,
+)
 from prunebench.testing.conduct import (
     check_batch_splits,
     check_nothing_left,
@@ -48,6 +54,7 @@ CHECKS: Mapping[str, Callable[[Factory, str], None]] = {
     "channels_commute": check_channels_commute,
     "nested": check_nested,
     "pruned_prefix": check_pruned_prefix,
+    "resumes": check_resumes,
     "better_than_random": check_better_than_random,
 }
 """The laws by name, as excuses and test ids call them."""

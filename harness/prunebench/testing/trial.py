@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prunebench.handles import Checkpoint
 from prunebench.options import canonical
 from prunebench.spec import Changes, JsonDict, Pruner
 from prunebench.targets import NM, Dense, Target, Unstructured
@@ -70,6 +71,7 @@ class Trial:
         placement: one that knows which blocks it holds where none is given.
         lay: does to the model what an earlier step did; `task.earlier` at random where none is given.
         texts: token arrays for `make_job`, by argument.
+        checkpoint: where the walk leaves what a killed run needs.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Trial:
         placement: Resident | None = None,
         lay: Callable[[ModelAnatomy], None] | None = None,
         texts: Mapping[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.pruner = make() if pruner is None else pruner
         self.task = task
@@ -116,6 +119,7 @@ class Trial:
             notes=self.notes,
             **(texts or {}),
         )
+        self.job.checkpoint = checkpoint
 
     @property
     def group(self) -> str:

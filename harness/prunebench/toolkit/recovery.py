@@ -67,20 +67,24 @@ def reconstruct(job: Job, settings: Retraining) -> None:
         NonFiniteError: the loss is no number.
     """
     for_factors, _ = generators(job.seed)
-    trainings, cast = [], Cast()
-    for block in walk(job):
+    parameters: list[int] = []
+    losses: list[tuple[float, ...]] = []
+    cast = Cast()
+    for block in walk(job, carries=[for_factors, parameters, losses, cast]):
         replica, dense = block.replica(), block.replica(of=job.dense.block(block.handle))
         scope = Scope(replica.module, {matrix: replica.inner(matrix) for matrix in block.matrices}, job.masks)
         parts = parts_of(settings, scope, for_factors)
         samples = _in_order(len(job.calibration), settings.batch)
-        trainings.append(train(settings, scope, parts, samples, _block_loss(block, replica, dense), job))
+        trained = train(settings, scope, parts, samples, _block_loss(block, replica, dense), job)
+        parameters.append(trained.parameters)
+        losses.append(trained.losses)
         if settings.steps:
             _merge(scope, parts, Cast())
             _store(block, replica, scope, cast)
-    _note_size(job, sum(training.parameters for training in trainings), settings.steps * settings.batch, job.calibration)
+    _note_size(job, sum(parameters), settings.steps * settings.batch, job.calibration)
     if settings.steps:
-        job.note("block_loss_of_the_first_batch", [float(f"{training.losses[0]:.4g}") for training in trainings])
-        job.note("block_loss_of_the_last_batch", [float(f"{training.losses[-1]:.4g}") for training in trainings])
+        job.note("block_loss_of_the_first_batch", [float(f"{found[0]:.4g}") for found in losses])
+        job.note("block_loss_of_the_last_batch", [float(f"{found[-1]:.4g}") for found in losses])
         job.note("changes_that_survive_the_cast", cast.share)
 
 

@@ -45,6 +45,30 @@ def restore(state: dict[str, Any]) -> None:
         torch.set_num_threads(state["the number of threads"])
 
 
+def generators() -> dict[str, Any]:
+    """The states of all random generators, as `json` can write them."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    device = _device_generator()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
+        "device": None if device is None else device.tolist(),
+    }
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Put all random generators into states that `generators` gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["device"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(states["device"], dtype=torch.uint8))
+
+
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The names of what differs."""
     return [name for name, value in before.items() if not _same(value, after[name])]

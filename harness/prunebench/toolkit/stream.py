@@ -18,7 +18,7 @@ from prunebench.spec import Job
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import paying_batch
-from prunebench.toolkit.recorder import BlockCall, record_calls, unpack
+from prunebench.toolkit.recorder import BlockCall, record_arguments, record_calls, unpack
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,27 @@ class Stream:
         """Move on from a block: its outputs, as it now is, become the inputs of the next."""
         if self._hidden is not None and self._at == index and index + 1 < len(self._job.anatomy.blocks):
             self.propagate(index)
+
+    def state(self) -> tuple[int, torch.Tensor | None]:
+        """The block whose inputs the hidden states are, and these; None where nobody has asked for data yet."""
+        return self._at, self._hidden
+
+    def go_on(self, at: int, hidden: torch.Tensor) -> None:
+        """Take up hidden states that are the inputs of block `at`; the blocks' arguments are recorded anew.
+
+        Raises:
+            ContractError: they are not those of the calibration set.
+        """
+        placement, first = self._job.placement, self._job.anatomy.blocks[0].module
+        if hidden.shape[:2] != self._job.calibration.shape:
+            raise ContractError(f"hidden states of {list(hidden.shape)} are not those of the calibration set.")
+        placement.bring(first)  # the recorder runs it on one sequence
+        try:
+            with torch.no_grad(), evaluating(self._job.model):
+                self._calls = record_arguments(self._job)
+        finally:
+            placement.release(first)
+        self._at, self._hidden = at, placement.rest(hidden.clone())
 
     def close(self) -> None:
         """Let go of everything; nothing can be asked for afterwards."""

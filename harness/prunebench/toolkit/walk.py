@@ -19,18 +19,29 @@ from torch import nn
 
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.resuming import Bookmark
 from prunebench.toolkit.stats import SharedStatistics, Statistic
 from prunebench.toolkit.stream import Stream
 
 Reduce = Literal["rms", "l1", "l2"]
 
 
-def walk(job: Job) -> Iterator[Block]:
-    """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones."""
+def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
+    """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones.
+
+    A run that was killed may start at a later block, the ones before it put back as they were (`Claims.BLOCKWISE`).
+
+    Args:
+        job: of the step.
+        carries: what the loop's body keeps from block to block: random generators, lists, dictionaries, objects that hold
+            such things, tensors, numbers and strings. They are put back too.
+    """
     stream = Stream(job)
     blocks = job.anatomy.blocks
+    bookmark = Bookmark(job, stream, carries)
     try:
-        for index, handle in enumerate(blocks):
+        for index in range(bookmark.open(), len(blocks)):
+            handle = blocks[index]
             job.progress("block", index, len(blocks))
             job.placement.bring(handle.module)
             try:
@@ -38,6 +49,7 @@ def walk(job: Job) -> Iterator[Block]:
                 stream.leave(index)
             finally:
                 job.placement.release(handle.module)
+            bookmark.leave(index + 1)
         job.progress("block", len(blocks), len(blocks))
     finally:
         stream.close()

@@ -19,13 +19,13 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from support import FAMILIES, Bench, Ran, cases, make_record, make_spec, tiny, tree
 
 from prunebench.bench import preview
-from prunebench.bench.display import run_label
 from prunebench.bench.evals import task_index
 from prunebench.bench.evals.task_index import TaskIndex
 from prunebench.bench.outline import downloads, outlined_work
 from prunebench.bench.plan import Planner
 from prunebench.bench.preview import PAIR_TOKENS, QUESTION_TOKENS, READ_BYTES, START_SECONDS, Preview, known_work
 from prunebench.bench.preview_text import duration_text, size_text
+from prunebench.bench.specs import run_label
 from prunebench.bench.suite import load_suite
 from prunebench.errors import DataError, ModelError, UnknownNameError
 from prunebench.plugins import load_registry

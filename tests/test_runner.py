@@ -22,7 +22,6 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTr
 
 import prunebench
 from prunebench.bench import runner
-from prunebench.bench.executors import InlineExecutor
 from prunebench.errors import NonFiniteError, Refused, RunError
 from prunebench.results.records import RunRecord
 from prunebench.spec import Changes, Eval, EvalFacts, EvalJob, Job, JobFacts, Needs, Pruner, Sample, Score, option
@@ -828,7 +827,7 @@ def test_threads_are_those_asked_for_and_put_back(ends_well: bool, bench: Bench,
     register(stranger(prune))
     (request,) = bench.requests(tmp_path, "stranger")
     before = torch.get_num_threads()
-    record = InlineExecutor().execute(dataclasses.replace(request, threads=before + 1), lambda *call: None)
+    record = runner.run(dataclasses.replace(request, threads=before + 1), lambda *call: None, "inline")
     assert seen == [before + 1]
     assert torch.get_num_threads() == before
     assert record.provenance.threads == before + 1

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Bench, Ran, install_plugin, start_command, tree
 
-from prunebench.bench.plan import RunRequest
+from prunebench.bench import sweep as bench_sweep
+from prunebench.bench.executors import Listener
+from prunebench.bench.plan import Prediction, RunRequest
 from prunebench.bench.runner import Outcome, make_record
 from prunebench.bench.sweep import Summary, split_settled, sweep
+from prunebench.results.journal import Claim, Journal
 from prunebench.results.records import Failure, RunRecord
 from prunebench.results.store import ResultStore
 
@@ -19,21 +24,40 @@ FAILURE = Failure(kind="error", type="ValueError", message="no", step=None)
 
 
 class Scripted:
-    """An executor whose runs end as told, at once."""
+    """An executor whose runs end as told, at once; in the order they were handed over, or the last first."""
 
     name = "scripted"
 
-    def __init__(self, **endings: str) -> None:
-        self.endings = endings
+    def __init__(self, slots: int = 1, keeps_records: bool = False, last_first: bool = False, **endings: str) -> None:
+        self.slots, self.keeps_records, self.last_first, self.endings = slots, keeps_records, last_first, endings
+        self.queue: list[RunRequest] = []
+        self.handed: list[list[str]] = []
         self.done: list[str] = []
 
-    def execute(self, request: RunRequest, progress: Callable[[str, int, int], None]) -> RunRecord:
-        method = request.spec.method
+    def room(self) -> int:
+        return self.slots - len(self.queue)
+
+    def start(self, requests: Sequence[RunRequest]) -> None:
+        assert self.keeps_records or len(requests) <= self.room()
+        self.queue += requests
+        self.handed.append([request.spec.method for request in requests])
+
+    def wait(self, listener: Listener, seconds: float) -> None:
+        assert 0 < seconds < 5
+        if not self.queue:
+            return
+        request = self.queue.pop(-1 if self.last_first else 0)
+        run, method = request.spec.id, request.spec.method
         self.done.append(method)
-        ending = self.endings.get(method, "ok")
-        if ending == "interrupted":
+        listener.began(run, "here")
+        if self.endings.get(method) == "interrupted":
             raise KeyboardInterrupt
-        progress("block", 1, 2)
+        listener.progress(run, "step x", 0, 1)
+        listener.progress(run, "block", 1, 2)
+        listener.ended(run, self.record(request), b"what it wrote")
+
+    def record(self, request: RunRequest) -> RunRecord:
+        ending = self.endings.get(request.spec.method, "ok")
         return make_record(
             request,
             Outcome(),
@@ -51,17 +75,17 @@ class Watcher:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def started(self, total: int, settled: int) -> None:
-        self.calls.append(("started", total, settled))
+    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
+        self.calls.append(("started", len(todo), settled, jobs))
 
-    def run_started(self, number: int, request: RunRequest) -> None:
-        self.calls.append(("run_started", number, request.spec.method))
+    def run_began(self, number: int, request: RunRequest, where: str) -> None:
+        self.calls.append(("run_began", number, request.spec.method, where))
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        self.calls.append(("progress", what, done, total))
+    def progress(self, number: int, what: str, done: int, total: int) -> None:
+        self.calls.append(("progress", number, what, done, total))
 
-    def run_ended(self, number: int, record: RunRecord, seconds: float) -> None:
-        self.calls.append(("run_ended", number, record.spec.method, record.status))
+    def run_ended(self, number: int, record: RunRecord, seconds: float, log: bytes, path: Path | None) -> None:
+        self.calls.append(("run_ended", number, record.spec.method, record.status, log, path and path.suffix))
 
     def run_taken(self, number: int, request: RunRequest) -> None:
         self.calls.append(("run_taken", number, request.spec.method))
@@ -97,8 +121,13 @@ def test_runs_are_done_in_order_and_told(requests: list[RunRequest], store: Resu
     assert [record.status for record in summary.records] == ["ok", "ok", "refused", "failed"]
     assert [summary.count(status) for status in ("ok", "refused", "failed")] == [2, 1, 1]
     assert summary.elsewhere == 0
-    assert watcher.calls[:3] == [("run_started", 1, "dense"), ("progress", "block", 1, 2), ("run_ended", 1, "dense", "ok")]
-    assert watcher.calls[-1] == ("run_ended", 4, "wanda", "failed")
+    assert watcher.calls[:4] == [
+        ("run_began", 1, "dense", "here"),
+        ("progress", 1, "step x", 0, 1),
+        ("progress", 1, "block", 1, 2),
+        ("run_ended", 1, "dense", "ok", b"what it wrote", ".json"),
+    ]
+    assert watcher.calls[-1] == ("run_ended", 4, "wanda", "failed", b"what it wrote", ".json")
     assert len(store.all()) == 4
 
 
@@ -190,37 +219,52 @@ def test_an_interruption_gets_through_and_keeps_what_is_done(requests: list[RunR
 # Two commands on one folder
 
 
-def test_a_run_that_another_holds_comes_last_and_is_taken_as_done(requests: list[RunRequest], store: ResultStore) -> None:
+class Meanwhile(Scripted):
+    """Does something while wanda is at work."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        super().__init__()
+        self.what = what
+
+    def record(self, request: RunRequest) -> RunRecord:
+        if request.spec.method == "wanda":
+            self.what()
+        return super().record(request)
+
+
+def held(store: ResultStore, request: RunRequest) -> Claim:
+    """The claim of another command on a run."""
+    claim = Journal(store.folder).claim("here", request.spec.id, "a run")
+    assert claim is not None
+    return claim
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_sweep, "LOOK_AGAIN_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_run_that_another_holds_is_taken_as_done(requests: list[RunRequest], store: ResultStore) -> None:
     """The other command ends it while this one does the rest."""
-    other = Scripted()
+    claim = held(store, requests[0])
 
-    class Meanwhile(Scripted):
-        def execute(self, request: RunRequest, progress: Callable[[str, int, int], None]) -> RunRecord:
-            if request.spec.method == "wanda":
-                store.write(other.execute(requests[0], progress))
-                claim.__exit__(None, None, None)
-            return super().execute(request, progress)
+    def end() -> None:
+        store.write(Scripted().record(requests[0]))
+        claim.release()
 
-    claim = store.claim("here", requests[0].spec.id, wait=False)
-    assert claim.__enter__() is True
-    executor, watcher = Meanwhile(), Watcher()
+    executor, watcher = Meanwhile(end), Watcher()
     summary = sweep(requests, store, executor, watcher, again=False)
     assert executor.done == ["magnitude", "random", "wanda"]
     assert watcher.calls[0] == ("run_taken", 1, "dense")
+    assert [call[0] for call in watcher.calls].count("run_taken") == 1, "told once, however often it is looked at"
     assert summary.elsewhere == 1
     assert len(files(store)) == 4
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_run_that_another_gave_up_is_done_here(requests: list[RunRequest], store: ResultStore) -> None:
-    class Meanwhile(Scripted):
-        def execute(self, request: RunRequest, progress: Callable[[str, int, int], None]) -> RunRecord:
-            if request.spec.method == "wanda":
-                claim.__exit__(None, None, None)
-            return super().execute(request, progress)
-
-    claim = store.claim("here", requests[0].spec.id, wait=False)
-    assert claim.__enter__() is True
-    executor = Meanwhile()
+    executor = Meanwhile(held(store, requests[0]).release)
     summary = sweep(requests, store, executor, Watcher(), again=False)
     assert executor.done == ["magnitude", "random", "wanda", "dense"]
     assert (summary.elsewhere, len(files(store))) == (0, 4)
@@ -239,8 +283,86 @@ def test_the_lock_is_let_go_after_every_run(requests: list[RunRequest], store: R
     with pytest.raises(KeyboardInterrupt):
         do(requests, store, random="interrupted")
     for request in requests:
-        with store.claim("here", request.spec.id, wait=False) as mine:
-            assert mine
+        held(store, request).release()
+    assert (Journal(store.folder).runs(), Journal(store.folder).sweeps()) == ([], [])
+
+
+# Several at a time
+
+
+def test_as_many_as_there_is_room_for(requests: list[RunRequest], store: ResultStore) -> None:
+    executor, watcher = Scripted(slots=3, last_first=True), Watcher()
+    summary = sweep(requests, store, executor, watcher, again=False)
+    assert executor.handed == [["dense"], ["magnitude"], ["random"], ["wanda"]]
+    assert executor.done == ["random", "wanda", "magnitude", "dense"]
+    assert [call[1] for call in watcher.calls if call[0] == "run_ended"] == [3, 4, 2, 1]
+    assert len(summary.records) == len(files(store)) == 4
+
+
+def test_runs_that_keep_their_records_are_handed_over_at_once(requests: list[RunRequest], store: ResultStore) -> None:
+    """And neither claimed nor written here."""
+
+    class Elsewhere(Scripted):
+        def record(self, request: RunRequest) -> RunRecord:
+            held(store, request).release()
+            return super().record(request)
+
+    executor, watcher = Elsewhere(keeps_records=True), Watcher()
+    summary = sweep(requests, store, executor, watcher, again=False)
+    assert executor.handed == [["dense", "magnitude", "random", "wanda"]]
+    assert len(summary.records) == 4
+    assert files(store) == []
+    assert watcher.calls[-1][-1] is None
+
+
+def test_what_goes_on_is_in_the_journal(requests: list[RunRequest], store: ResultStore) -> None:
+    journal, seen = Journal(store.folder), []
+
+    class Looking(Scripted):
+        def wait(self, listener: Listener, seconds: float) -> None:
+            seen.append((journal.sweeps(), journal.runs()))
+            super().wait(listener, seconds)
+
+    requests[2] = dataclasses.replace(requests[2], predicted=Prediction(20.0, 1))
+    sweep(requests, store, Looking(slots=2), Watcher(), again=False, settled=5)
+    ((first_sweep,), first_runs), ((_,), second_runs) = seen[0], seen[1]
+    assert first_sweep.alive
+    page = first_sweep.page
+    assert (page.machine, page.jobs, page.settled, page.process) == ("here", 2, 5, os.getpid())
+    assert [(run.id, run.predicted_seconds) for run in page.runs] == [
+        (request.spec.id, 20.0 if number == 2 else None) for number, request in enumerate(requests)
+    ]
+    assert {entry.page.id for entry in first_runs} == {request.spec.id for request in requests[:2]}
+    assert {entry.page.id for entry in second_runs} == {request.spec.id for request in requests[1:3]}
+    assert all(entry.alive and entry.page.machine == "here" for entry in first_runs)
+    assert (journal.sweeps(), journal.runs()) == ([], [])
+
+
+# What failed
+
+
+def retried(requests: list[RunRequest], store: ResultStore, *endings: str) -> list[str]:
+    return [request.spec.method for request in split_settled(requests, store, "here", False, endings)[0]]
+
+
+def test_only_what_ended_so_is_tried_again(requests: list[RunRequest], store: ResultStore) -> None:
+    do(requests[:3], store, magnitude="failed", random="refused")
+    assert retried(requests, store, "failed") == ["magnitude"]
+    assert retried(requests, store, "error") == ["magnitude"]
+    assert retried(requests, store, "oom", "timeout") == []
+    assert retried(requests, store, "refused", "error") == ["magnitude", "random"]
+    assert split_settled(requests, store, "there", False, ["failed"]) == ([], [])
+    assert [request.spec.method for request in split_settled(requests, store, "here", False)[0]] == ["magnitude", "wanda"]
+
+
+def test_a_checkpoint_goes_when_the_run_is_done(requests: list[RunRequest], store: ResultStore, tmp_path: Path) -> None:
+    folders = [tmp_path / request.spec.method for request in requests]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "blocks").touch()
+    asked = [dataclasses.replace(r, checkpoints=str(folder)) for r, folder in zip(requests, folders, strict=True)]
+    do(asked, store, random="failed", wanda="refused")
+    assert [folder.exists() for folder in folders] == [False, False, True, False]
 
 
 MEETING = '''

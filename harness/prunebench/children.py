@@ -62,7 +62,7 @@ def settle_in(log: Path) -> bool:
     signal.signal(signal.SIGTERM, _leave)
     _die_with_parent()
     try:
-        with log.open("w", encoding="utf-8", buffering=1) as file:
+        with log.open("a", encoding="utf-8", buffering=1) as file:  # so that the parent may shorten it
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     except FileNotFoundError:

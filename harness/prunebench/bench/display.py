@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from prunebench.bench.plan import RunRequest
-from prunebench.bench.preview import Work
+from prunebench.bench.specs import run_label
+from prunebench.bench.sweep import PARTS
+from prunebench.results.journal import seconds_left
 from prunebench.results.leaderboard import number
-from prunebench.results.records import RunRecord, RunSpec
+from prunebench.results.records import RunRecord
 
-_MARKS = {"ok": "[green]ok[/]", "refused": "[yellow]refused[/]", "failed": "[red]failed[/]"}
+MARKS = {"ok": "[green]ok[/]", "refused": "[yellow]refused[/]", "failed": "[red]failed[/]"}
+
+LOG_LINES = 8
+"""Of what a failed run wrote, its last."""
+
+MOST_LINES = 16
+"""Runs at work that a terminal shows one by one."""
 
 
 class SweepDisplay:
-    """Which run of how many, which step, which block, how long it will still take."""
+    """Which runs are at work, at which step and block, and how long the rest will take."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Progress | None = None
         self._overall: TaskID | None = None
-        self._inner: TaskID | None = None
-        self._total, self._seconds = 0, [0.0]
-        self._step = ""
+        self._lines: dict[int, TaskID] = {}
+        self._parts: dict[int, str] = {}
+        self._left: dict[int, RunRequest] = {}
+        self._ended: list[tuple[float | None, float]] = []
+        self._total, self._jobs = 0, 1
 
-    def started(self, total: int, settled: int) -> None:
+    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
         """Say what is to do, and start the display."""
-        self._total, self._seconds = total, []
+        self._total, self._jobs = len(todo), jobs
+        self._left = dict(enumerate(todo, start=1))
         found = f"; {settled} found done" if settled else ""
-        self._console.print(f"{total} {'run' if total == 1 else 'runs'} to do{found}.")
-        if total and self._console.is_terminal:
+        at_a_time = f", {jobs} at a time" if jobs > 1 and self._total > 1 else ""
+        self._console.print(f"{self._total} {'run' if self._total == 1 else 'runs'} to do{at_a_time}{found}.")
+        if todo and self._console.is_terminal:
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -38,32 +53,42 @@ class SweepDisplay:
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            self._overall = self._live.add_task("sweep", total=total, state="")
-            self._inner = self._live.add_task("", total=1, state="")
+            self._overall = self._live.add_task("sweep", total=self._total, state="starting")
             self._live.start()
 
-    def run_started(self, number: int, request: RunRequest) -> None:
-        """Show the run's name."""
-        if self._live and self._overall is not None and self._inner is not None:
-            state = f"run {number} of {self._total}{self._left()}"
-            self._live.update(self._overall, state=state, completed=number - 1)
-            self._live.reset(self._inner, description=escape(run_label(request.spec)[:48]), state="starting")
+    def run_began(self, number: int, request: RunRequest, where: str) -> None:
+        """A line for the run, for as long as it is at work."""
+        if self._live and len(self._lines) < MOST_LINES:
+            on = f" on {where}" if "cuda" in where or "node" in where else ""
+            description = escape(f"{number:>3} {run_label(request.spec)[:48]}{on}")
+            self._lines[number] = self._live.add_task(description, total=1, state="starting")
+            self._show_overall()
 
-    def progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, number: int, what: str, done: int, total: int) -> None:
         """Show how far the run is."""
-        if self._live and self._inner is not None:
-            if what.startswith(("step ", "eval ", "load", "audit")):
-                self._step = what.partition("[")[0]  # the options would fill the line
-                state = self._step if total < 2 else f"{self._step} ({done + 1} of {total})"
-                self._live.update(self._inner, state=escape(state), total=1, completed=0)
-            else:
-                at = f"{what} {min(done + 1, total)} of {total}"
-                self._live.update(self._inner, state=escape(f"{self._step}, {at}"), total=total, completed=done)
+        if self._live is None or number not in self._lines:
+            return
+        if what.startswith(PARTS):
+            part = self._parts[number] = what.partition("[")[0]  # the options would fill the line
+            state = part if total < 2 else f"{part} ({done + 1} of {total})"
+            self._live.update(self._lines[number], state=escape(state), total=1, completed=0)
+        else:
+            state = f"{self._parts.get(number, '')}, {what} {min(done + 1, total)} of {total}"
+            self._live.update(self._lines[number], state=escape(state), total=total, completed=done)
 
-    def run_ended(self, number: int, record: RunRecord, seconds: float) -> None:
-        """A line for the run, which stays."""
-        self._seconds.append(seconds)
+    def run_ended(self, number: int, record: RunRecord, seconds: float, log: bytes, path: Path | None) -> None:
+        """Lines for the run, which stay."""
+        request = self._left.pop(number)
+        self._ended.append((request.predicted.seconds if request.predicted else None, seconds))
+        if self._live and number in self._lines:
+            self._live.remove_task(self._lines.pop(number))
+            self._show_overall()
         self._console.print(f"[{number:>3}/{self._total}]".replace("[", "\\["), self._line(record, seconds), highlight=False)
+        if record.failure and record.failure.kind == "error" and log:
+            for line in log.decode(errors="replace").splitlines()[-LOG_LINES:]:
+                self._console.print(f"          {escape(line)}", style="dim", highlight=False)
+            if path is not None:
+                self._console.print(f"          the rest is in {escape(path.with_suffix('.log').name)}", style="dim")
 
     def run_taken(self, number: int, request: RunRequest) -> None:
         """Say that another command has the run."""
@@ -72,30 +97,28 @@ class SweepDisplay:
     def close(self) -> None:
         """End the live display."""
         if self._live:
-            if self._overall is not None and len(self._seconds) == self._total:
+            for line in self._lines.values():
+                self._live.remove_task(line)
+            if self._overall is not None and not self._left:
                 self._live.update(self._overall, completed=self._total, state="done")
-            if self._inner is not None:
-                self._live.remove_task(self._inner)
             self._live.stop()
             self._live = None
+
+    def _show_overall(self) -> None:
+        if self._live and self._overall is not None:
+            state = f"{len(self._ended)} of {self._total}{self._remaining()}"
+            self._live.update(self._overall, completed=len(self._ended), state=state)
 
     def _line(self, record: RunRecord, seconds: float) -> str:
         found = ", ".join(f"{name} {number(score.value)}" for name, score in record.scores.items())
         detail = found or record.reason or ""
-        text = f"{_MARKS[record.status]} {escape(run_label(record.spec))}: {escape(detail)}  ({seconds:.1f} s)"
-        return text if self._live else f"{text}{escape(self._left())}"
+        text = f"{MARKS[record.status]} {escape(run_label(record.spec))}: {escape(detail)}  ({seconds:.1f} s)"
+        return text if self._live else f"{text}{escape(self._remaining())}"
 
-    def _left(self) -> str:
-        """The time the remaining runs will take if they are like those that ended."""
-        remaining = self._total - len(self._seconds)
-        if not self._seconds or not remaining:
+    def _remaining(self) -> str:
+        """The time that the runs which have not ended will take."""
+        predicted = [request.predicted.seconds if request.predicted else None for request in self._left.values()]
+        seconds = seconds_left(self._ended, predicted, self._jobs) if self._ended else None
+        if not seconds:
             return ""
-        seconds = remaining * sum(self._seconds) / len(self._seconds)
         return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
-
-
-def run_label(spec: RunSpec | Work) -> str:
-    """A run in a few words."""
-    seed = "" if spec.seed is None else f", seed {spec.seed}"
-    target = "" if spec.method == spec.target else f" {spec.target}"
-    return f"{spec.model.name} {spec.method}{target}{seed}"

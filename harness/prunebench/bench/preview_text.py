@@ -9,8 +9,8 @@ from dataclasses import replace
 from rich.console import Console
 from rich.markup import escape
 
-from prunebench.bench.display import run_label
 from prunebench.bench.preview import Cost, Preview
+from prunebench.bench.specs import run_label
 from prunebench.results.leaderboard import difference_size
 from prunebench.results.planning import ANSWERS_DIFFER, WINDOW_DEVIATION, Figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import tempfile
 import time
@@ -46,6 +47,9 @@ from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
 
+_log = logging.getLogger(__name__)
+"""For those who want tracebacks; nobody hears it unless told to."""
+
 
 @dataclass
 class Outcome:
@@ -78,6 +82,7 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a stranger's method may raise anything; it becomes a record
+        _log.info("the run failed", exc_info=True)
         return make_record(request, outcome, executor, failure=classify(error, outcome.current_step))
     return make_record(request, outcome, executor)
 

@@ -1,41 +1,50 @@
-"""Many runs: leave out what is settled, hold one lock a run, write each record as it comes."""
+"""Many runs: leave out what is settled, claim each in the journal, write each record as it comes."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from prunebench.bench.executors import Executor
 from prunebench.bench.plan import RunRequest
+from prunebench.bench.specs import run_label
+from prunebench.children import POLL_SECONDS
+from prunebench.results.journal import Claim, Journal, SweepRun
 from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 
+LOOK_AGAIN_SECONDS = 1.0
+"""Between two looks at the runs that other commands have."""
+
 
 class Watcher(Protocol):
-    """Shows a sweep to its user."""
+    """Shows a sweep to its user. Runs are named by their numbers, from 1 on."""
 
-    def started(self, total: int, settled: int) -> None:
-        """The sweep begins: so many runs to do, so many found done."""
+    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
+        """The sweep begins: these runs are to do, so many at a time; so many were found done."""
 
-    def run_started(self, number: int, request: RunRequest) -> None:
-        """A run begins."""
+    def run_began(self, number: int, request: RunRequest, where: str) -> None:
+        """A run left the queue."""
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """The present run has come so far."""
+    def progress(self, number: int, what: str, done: int, total: int) -> None:
+        """A run has come so far."""
 
-    def run_ended(self, number: int, record: RunRecord, seconds: float) -> None:
-        """A run ended."""
+    def run_ended(self, number: int, record: RunRecord, seconds: float, log: bytes, path: Path | None) -> None:
+        """A run ended; what its process wrote, and the record's file where this command wrote it."""
 
     def run_taken(self, number: int, request: RunRequest) -> None:
-        """Another command has this run; it is looked at again at the end."""
+        """Another command has this run; it is looked at again."""
 
 
 @dataclass
 class Summary:
     """What a sweep came to."""
 
-    settled: int = 0
     elsewhere: int = 0
     records: list[RunRecord] = field(default_factory=list)
 
@@ -45,9 +54,21 @@ class Summary:
 
 
 def split_settled(
-    requests: list[RunRequest], store: ResultStore, machine: str, again: bool
+    requests: list[RunRequest], store: ResultStore, machine: str, again: bool, retry: Collection[str] = ()
 ) -> tuple[list[RunRequest], list[RunRequest]]:
-    """The runs to do, and those found done."""
+    """The runs to do, and those found done.
+
+    Args:
+        requests: all of a suite.
+        store: where their records are.
+        machine: whose records count.
+        again: do also what is done.
+        retry: do only runs whose latest record is of one of these: `failed`, `refused`, or a kind of failure.
+    """
+    if retry:
+        latest = {stored.record.id: stored.record for stored in store.latest() if stored.record.machine == machine}
+        found = {run_id for run_id, record in latest.items() if _endings(record) & set(retry)}
+        return [request for request in requests if request.spec.id in found], []
     settled = {} if again else store.settled(machine)
     return (
         [request for request in requests if request.spec.id not in settled],
@@ -55,41 +76,145 @@ def split_settled(
     )
 
 
-def sweep(todo: list[RunRequest], store: ResultStore, executor: Executor, watcher: Watcher, again: bool) -> Summary:
-    """Do the runs in order; those that another command holds come last, and are taken as done if it finished them."""
-    summary = Summary()
-    waiting: list[tuple[int, RunRequest]] = []
-    for number, request in enumerate(todo, start=1):
-        if not _attempt(number, request, store, executor, watcher, summary, again=again, wait=False):
-            watcher.run_taken(number, request)
-            waiting.append((number, request))
-    for number, request in waiting:
-        _attempt(number, request, store, executor, watcher, summary, again=False, wait=True)
-    return summary
+def _endings(record: RunRecord) -> set[str]:
+    return {record.status} | ({record.failure.kind} if record.failure else set())
 
 
-def _attempt(
-    number: int,
-    request: RunRequest,
-    store: ResultStore,
-    executor: Executor,
-    watcher: Watcher,
-    summary: Summary,
-    *,
-    again: bool,
-    wait: bool,
-) -> bool:
-    """Do one run under its lock; False where another command holds it."""
-    with store.claim(request.machine, request.spec.id, wait=wait) as mine:
-        if not mine:
-            return False
-        if not again and store.is_settled(request.machine, request.spec.id):
-            summary.elsewhere += 1
-            return True
-        watcher.run_started(number, request)
-        started = time.monotonic()
-        record = executor.execute(request, watcher.progress)
-        store.write(record)
-        summary.records.append(record)
-        watcher.run_ended(number, record, time.monotonic() - started)
-        return True
+def sweep(
+    todo: list[RunRequest], store: ResultStore, executor: Executor, watcher: Watcher, again: bool, settled: int = 0
+) -> Summary:
+    """Do the runs, in order as far as there is room; those that another command holds are taken as done if it finished them.
+
+    Args:
+        todo: the runs.
+        store: where their records go.
+        executor: does them; whoever made it closes it.
+        watcher: is told.
+        again: do also those that were settled since.
+        settled: how many were found done before, for those who ask what is going on.
+
+    Raises:
+        StoreError: a record cannot be written; the runs that are at work are for the executor to end.
+    """
+    if not todo:
+        return Summary()
+    runs = [
+        SweepRun(
+            id=request.spec.id,
+            label=run_label(request.spec),
+            predicted_seconds=request.predicted.seconds if request.predicted else None,
+        )
+        for request in todo
+    ]
+    first = todo[0]
+    announced = Journal(store.folder).announce(
+        first.machine, first.command, first.suite or "", max(1, executor.room()), settled, runs
+    )
+    try:
+        return _Sweep(todo, store, executor, watcher, again).run()
+    finally:
+        announced.release()
+
+
+@dataclass
+class _Held:
+    """A run that was handed to the executor."""
+
+    number: int
+    request: RunRequest
+    claim: Claim | None
+    began: float = field(default_factory=time.monotonic)
+
+
+class _Sweep:
+    """The listener of the executor."""
+
+    def __init__(self, todo: list[RunRequest], store: ResultStore, executor: Executor, watcher: Watcher, again: bool) -> None:
+        self._store, self._journal = store, Journal(store.folder)
+        self._executor, self._watcher, self._again = executor, watcher, again
+        self._queue = deque(enumerate(todo, start=1))
+        self._taken: list[tuple[int, RunRequest]] = []
+        self._looked = time.monotonic()
+        self._held: dict[str, _Held] = {}
+        self._summary = Summary()
+
+    def run(self) -> Summary:
+        try:
+            while self._queue or self._taken or self._held:
+                self._fill()
+                if self._held:
+                    self._executor.wait(self, POLL_SECONDS)
+                elif self._taken:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for held in self._held.values():
+                if held.claim:
+                    held.claim.release()
+        return self._summary
+
+    def _fill(self) -> None:
+        """Hand over as many runs as there is room for."""
+        if self._executor.keeps_records and self._queue:
+            self._hand_over([(number, request, None) for number, request in self._queue])
+            self._queue.clear()
+        while self._queue and self._executor.room():
+            self._attempt(*self._queue.popleft(), again=self._again, told=False)
+        if self._taken and time.monotonic() - self._looked > LOOK_AGAIN_SECONDS:
+            self._looked, taken, self._taken = time.monotonic(), self._taken, []
+            for number, request in taken:
+                if self._executor.room():
+                    self._attempt(number, request, again=False, told=True)
+                else:
+                    self._taken.append((number, request))
+
+    def _attempt(self, number: int, request: RunRequest, *, again: bool, told: bool) -> None:
+        """Begin a run under its claim, unless another command has it or did it."""
+        claim = self._journal.claim(request.machine, request.spec.id, run_label(request.spec))
+        if claim is None:
+            self._taken.append((number, request))
+            if not told:
+                self._watcher.run_taken(number, request)
+        elif not again and self._store.is_settled(request.machine, request.spec.id):
+            claim.release()
+            self._summary.elsewhere += 1
+        else:
+            self._hand_over([(number, request, claim)])
+
+    def _hand_over(self, runs: list[tuple[int, RunRequest, Claim | None]]) -> None:
+        for number, request, claim in runs:
+            self._held[request.spec.id] = _Held(number, request, claim)
+        self._executor.start([request for _, request, _ in runs])
+
+    def began(self, run: str, where: str) -> None:
+        """See `Listener`."""
+        held = self._held[run]
+        held.began = time.monotonic()
+        if held.claim:
+            held.claim.tell(where=where)
+        self._watcher.run_began(held.number, held.request, where)
+
+    def progress(self, run: str, what: str, done: int, total: int) -> None:
+        """See `Listener`."""
+        held = self._held[run]
+        if held.claim:
+            is_part = what.startswith(PARTS)
+            held.claim.tell(**({"doing": what} if is_part else {"what": what}), done=done, total=total)
+        self._watcher.progress(held.number, what, done, total)
+
+    def ended(self, run: str, record: RunRecord, log: bytes = b"") -> None:
+        """See `Listener`."""
+        held = self._held[run]
+        path = None
+        if not self._executor.keeps_records:
+            path = self._store.write(record, log)
+            if record.status != "failed" and held.request.checkpoints is not None:
+                shutil.rmtree(held.request.checkpoints, ignore_errors=True)
+        del self._held[run]
+        if held.claim:
+            held.claim.release()
+        self._summary.records.append(record)
+        self._watcher.run_ended(held.number, record, time.monotonic() - held.began, log, path)
+
+
+PARTS = ("step ", "eval ", "load", "audit")
+"""How progress begins that names a part of a run; the rest counts within a part."""

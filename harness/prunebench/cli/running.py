@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -10,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from prunebench.cli.program import Device, Machine, Results, app, command_line, open_store, terminal
-from prunebench.errors import RequestError
+from prunebench.errors import RequestError, UnknownNameError
 
 if TYPE_CHECKING:
     from prunebench.bench.plan import Planner, RunRequest
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from prunebench.results.store import ResultStore
 
 _Run = TypeVar("_Run")
+
+ENDINGS = ("failed", "refused", "error", "oom", "timeout", "killed", "nan", "audit")
+"""How a run can have ended that is done again: its status, or the kind of its failure."""
 
 
 @app.command("list")
@@ -53,35 +57,42 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run, downloaded and spent, and stop.")] = False,
     results: Results = Path("results"),
     machine: Machine = None,
-    executor: Annotated[str, typer.Option("--executor", help="subprocess (a fresh process a run) or inline.")] = "subprocess",
+    executor: Annotated[
+        str, typer.Option("--executor", help="subprocess (a fresh process a run), inline, ray or slurm.")
+    ] = "subprocess",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time; on CUDA one for each GPU.")] = 1,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds a run may take.")] = None,
+    memory: Annotated[float | None, typer.Option("--memory", min=0.001, help="GiB a run may use on the host.")] = None,
+    retry: Annotated[list[str] | None, typer.Option("--retry", help=f"Only runs that ended so: {', '.join(ENDINGS)}.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option("--checkpoint-every", min=1, help="Blocks after which a killed run can go on.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option("--ray-address", help="A Ray cluster that is there already.")] = None,
     device: Device = None,
 ) -> None:
     """Run a suite: what has a record on this machine is left out.
 
     Example: prunebench run quickstart --only wanda
     """
-    from dataclasses import replace
-
     from prunebench.bench.display import SweepDisplay
     from prunebench.bench.executors import make_executor
     from prunebench.bench.sweep import split_settled, sweep
 
-    chosen = make_executor(executor)
-    if timeout is not None and executor == "inline":
-        raise RequestError("--timeout needs --executor subprocess: nothing can stop a run that shares this process.")
+    endings = frozenset(retry or ())
+    _check_options(executor, timeout, memory, endings)
     store = open_store(results)
     planner = _planner(suite, model, method, machine, device)
+    chosen = make_executor(executor, jobs, planner.device, results, ray_address)
     if dry_run:
         _show_plan(planner, suite, only, store, again)
         return
-    requests = [replace(request, timeout=timeout or request.timeout) for request in _requests(planner, suite, only)]
-    todo, done = split_settled(requests, store, planner.machine, again)
+    requests = _limited(_requests(planner, suite, only), store, timeout, memory, checkpoint_every)
+    todo, done = split_settled(requests, store, planner.machine, again, endings)
     store.check_writable()
     display = SweepDisplay(terminal)
-    display.started(len(todo), len(done))
+    display.started(todo, len(done), jobs)
     try:
-        summary = sweep(todo, store, chosen, display, again)
+        summary = sweep(todo, store, chosen, display, again or "refused" in endings, len(done))
     finally:
         display.close()
         chosen.close()
@@ -93,6 +104,36 @@ def run(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _check_options(executor: str, timeout: float | None, memory: float | None, endings: Collection[str]) -> None:
+    """Raise a RequestError where options do not go together."""
+    if unknown := sorted(set(endings) - set(ENDINGS)):
+        raise UnknownNameError.among("ending", unknown[0], ENDINGS)
+    for option, value in (("--timeout", timeout), ("--memory", memory)):
+        if value is not None and executor == "inline":
+            raise RequestError(f"{option} needs --executor subprocess: nothing can stop a run that shares this process.")
+
+
+def _limited(
+    requests: list[RunRequest], store: ResultStore, timeout: float | None, memory: float | None, checkpoint_every: int | None
+) -> list[RunRequest]:
+    """The runs, with the limits of the command line."""
+    from dataclasses import replace
+
+    from prunebench.results.journal import Journal
+
+    journal = Journal(store.folder)
+    return [
+        replace(
+            request,
+            timeout=timeout or request.timeout,
+            memory=memory and memory * (1 << 30),
+            checkpoint_every=checkpoint_every,
+            checkpoints=str(journal.scratch(request.machine, request.spec.id, "checkpoint")) if checkpoint_every else None,
+        )
+        for request in requests
+    ]
 
 
 def _planner(
@@ -112,7 +153,7 @@ def _planner(
 
 def _requests(planner: Planner, suite: str, only: str | None) -> list[RunRequest]:
     """The runs asked for; text that is both trained on and evaluated is named."""
-    from prunebench.bench.display import run_label
+    from prunebench.bench.specs import run_label
 
     requests = planner.requests()
     for evaluation, tasks in sorted({_missing(spec) for request in requests for spec in request.spec.evals}):
@@ -143,10 +184,10 @@ def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None
 
 def _show_plan(planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool) -> None:
     """Print what would be run, without changing or downloading anything that takes long."""
-    from prunebench.bench.display import run_label
     from prunebench.bench.outline import downloads, outlined_work
     from prunebench.bench.preview import Preview, known_work
     from prunebench.bench.preview_text import print_preview
+    from prunebench.bench.specs import run_label
     from prunebench.bench.sweep import split_settled
 
     wanted = downloads(planner)

@@ -11,12 +11,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 from pydantic import ValidationError
 
 from prunebench.errors import StoreError
@@ -87,8 +86,8 @@ class ResultStore:
         records = [self._read(path) for path in paths]
         return any(r is not None and r.machine == machine and r.id == run_id and r.status != "failed" for r in records)
 
-    def write(self, record: RunRecord) -> Path:
-        """Write a record under a name that nothing has yet.
+    def write(self, record: RunRecord, log: bytes = b"") -> Path:
+        """Write a record under a name that nothing has yet, and what its process wrote beside it, as `….log`.
 
         Raises:
             StoreError: it cannot be written.
@@ -100,11 +99,15 @@ class ResultStore:
                 write_aside(folder, content).replace(folder / name)  # named by its content, so that nothing is lost
             written = write_aside(folder, record.to_json())
             try:
-                return self._settle(written, folder, record.spec.file_stem)
+                path = self._settle(written, folder, record.spec.file_stem)
             finally:
                 written.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"the record {record.id} cannot be written to {folder}: {error.strerror}.") from error
+        if log:
+            with suppress(OSError):  # the record is safe, and says the most important of it
+                write_aside(folder, log).replace(path.with_suffix(".log"))
+        return path
 
     def items(self, record: RunRecord, score: ScoreRecord) -> Columns:
         """A score's raw answers as columns, from the record or from the file beside it.
@@ -113,26 +116,6 @@ class ResultStore:
             StoreError: the file is missing, or not the one the record was written with.
         """
         return read_items(self._folder_of(record), score)
-
-    @contextmanager
-    def claim(self, machine: str, run_id: str, wait: bool) -> Iterator[bool]:
-        """Hold the one lock of a run, so that two commands on one folder never run it twice.
-
-        Yields whether it was had; without `wait`, False where another command holds it. The operating system lets go of the
-        lock of a process that died.
-        """
-        folder = self.folder / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / f"{slug(machine)}-{slug(run_id)}.lock", mode=0o600)
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
 
     def _folder_of(self, record: RunRecord) -> Path:
         return self.folder / slug(record.machine) / slug(record.spec.model.name)

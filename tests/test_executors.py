@@ -8,6 +8,7 @@ import json
 import multiprocessing.forkserver
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -509,9 +510,16 @@ def test_a_killed_command_takes_its_run_with_it_and_the_next_one_completes(bench
         wait_for(mark.exists)
         child = int(mark.read_text())
         assert alive(child)
+        told = run_command("status", "--results", tmp_path / "results").out
+        assert re.search(r"^small on here, for \d+ s: 2 of 4 done, 1 at work, 1 to come\.$", told, re.MULTILINE)
+        assert re.search(rf"hostile\[.*: step hostile; process {child}, for \d+ s$", told, re.MULTILINE)
+        assert re.search(r"^  about \d+ s left, until \d\d:\d\d$", told, re.MULTILINE)
         process.kill()
         process.communicate(timeout=60)
     wait_for(lambda: not alive(child), 10)
+    told = run_command("status", "--results", tmp_path / "results").out
+    assert "small on here: its process died with 2 of 4 to do." in told
+    assert "Left behind by a process that died; the same `prunebench run` takes them up again:\n  " in told
     assert sorted(record.spec.method for record in readable(tmp_path / "results")) == ["dense", "magnitude"]
 
     mark.with_suffix(".go").touch()
@@ -519,6 +527,7 @@ def test_a_killed_command_takes_its_run_with_it_and_the_next_one_completes(bench
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith("2 runs to do; 2 found done.\n")
     assert [record.status for record in readable(tmp_path / "results")] == ["ok"] * 4
+    assert run_command("status", "--results", tmp_path / "results").out == f"Nothing is running in {tmp_path / 'results'}.\n"
 
 
 @pytest.mark.slow

@@ -214,16 +214,17 @@ def test_a_sweep_announces_itself(journal: Journal) -> None:
     ("ended", "left", "jobs", "expected"),
     [
         ([], [], 1, 0.0),
-        ([], [None], 1, None),
-        ([(None, 10.0), (None, 20.0)], [None, None], 1, 30.0),
-        ([], [10.0, 20.0], 1, 30.0),
-        ([(10.0, 20.0)], [10.0, 20.0], 1, 60.0),
-        ([(10.0, 20.0)], [10.0, 20.0], 2, 30.0),
-        ([(10.0, 20.0)], [10.0], 4, 20.0),
-        ([(10.0, 20.0)], [10.0, None], 1, 40.0),
+        ([], [(None, 0.0)], 1, None),
+        ([(None, 10.0), (None, 20.0)], [(None, 0.0), (None, 0.0)], 1, 30.0),
+        ([], [(10.0, 0.0), (20.0, 0.0)], 1, 30.0),
+        ([(10.0, 20.0)], [(10.0, 0.0), (20.0, 0.0)], 1, 60.0),
+        ([(10.0, 20.0)], [(10.0, 0.0), (20.0, 0.0)], 2, 30.0),
+        ([(10.0, 20.0)], [(10.0, 0.0)], 4, 20.0),
+        ([(10.0, 20.0)], [(10.0, 0.0), (None, 0.0)], 1, 40.0),
+        ([(None, 10.0)], [(None, 4.0), (None, 30.0), (None, 0.0)], 1, 16.0),
     ],
 )
 def test_how_long_it_will_take(
-    ended: list[tuple[float | None, float]], left: list[float | None], jobs: int, expected: float | None
+    ended: list[tuple[float | None, float]], left: list[tuple[float | None, float]], jobs: int, expected: float | None
 ) -> None:
     assert seconds_left(ended, left, jobs) == expected

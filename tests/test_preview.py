@@ -24,10 +24,10 @@ from prunebench.bench.evals.task_index import TaskIndex
 from prunebench.bench.outline import downloads, outlined_work
 from prunebench.bench.plan import Planner
 from prunebench.bench.preview import PAIR_TOKENS, QUESTION_TOKENS, READ_BYTES, START_SECONDS, Preview, known_work
-from prunebench.bench.preview_text import duration_text, size_text
 from prunebench.bench.specs import run_label
 from prunebench.bench.suite import load_suite
 from prunebench.errors import DataError, ModelError, UnknownNameError
+from prunebench.plain import duration_text, size_text
 from prunebench.plugins import load_registry
 from prunebench.results.planning import Asked, figure
 from prunebench.results.records import EvalSpec, RunRecord, SampleRecord

@@ -1,6 +1,7 @@
-"""Text of strangers, made safe to show: names, reasons and notes out of records, suites, plugins and model folders.
+"""What is shown: amounts in the unit that suits, and text of strangers made safe: names, reasons and notes out of records,
+suites, plugins and model folders.
 
-Whatever comes from outside goes through one of these on its way out, whole: `escape` to a rich console, `markdown` to a page,
+Whatever comes from outside goes through one of three on its way out, whole: `escape` to a rich console, `markdown` to a page,
 `plain` to anything else that shows text as it is.
 """
 
@@ -52,3 +53,20 @@ def markdown(text: str) -> str:
 
 def _spelt(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes, hours or days, to two figures or so."""
+    for size, below, unit, smaller in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if seconds >= size:
+            whole, rest = divmod(round(seconds / below), size // below)
+            return f"{whole} {unit} {rest} {smaller}" if rest and whole < 10 else f"{whole} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that suits."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.3g} {unit}" if count < 1000 << power else f"{count / (1 << power):.0f} {unit}"
+    return f"{count} bytes"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import run_label
 from prunebench.bench.sweep import PARTS
+from prunebench.plain import duration_text, escape
 from prunebench.results.journal import seconds_left
 from prunebench.results.leaderboard import number
 from prunebench.results.records import RunRecord
@@ -35,6 +36,7 @@ class SweepDisplay:
         self._lines: dict[int, TaskID] = {}
         self._parts: dict[int, str] = {}
         self._left: dict[int, RunRequest] = {}
+        self._began: dict[int, float] = {}
         self._ended: list[tuple[float | None, float]] = []
         self._total, self._jobs = 0, 1
 
@@ -58,6 +60,7 @@ class SweepDisplay:
 
     def run_began(self, number: int, request: RunRequest, where: str) -> None:
         """A line for the run, for as long as it is at work."""
+        self._began[number] = time.monotonic()
         if self._live and len(self._lines) < MOST_LINES:
             on = f" on {where}" if "cuda" in where or "node" in where else ""
             description = escape(f"{number:>3} {run_label(request.spec)[:48]}{on}")
@@ -117,8 +120,12 @@ class SweepDisplay:
 
     def _remaining(self) -> str:
         """The time that the runs which have not ended will take."""
-        predicted = [request.predicted.seconds if request.predicted else None for request in self._left.values()]
-        seconds = seconds_left(self._ended, predicted, self._jobs) if self._ended else None
+        now = time.monotonic()
+        left = [
+            (request.predicted.seconds if request.predicted else None, now - self._began.get(number, now))
+            for number, request in self._left.items()
+        ]
+        seconds = seconds_left(self._ended, left, self._jobs) if self._ended else None
         if not seconds:
             return ""
-        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
+        return f", about {duration_text(seconds)} left"

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from prunebench.bench.preview import Cost, Preview
 from prunebench.bench.specs import run_label
+from prunebench.plain import duration_text, size_text
 from prunebench.results.leaderboard import difference_size
 from prunebench.results.planning import ANSWERS_DIFFER, WINDOW_DEVIATION, Figure
 
@@ -87,20 +88,3 @@ def _figure_text(found: Figure | None) -> str:
     size = difference_size(found.difference, found.exponential, found.share)
     unit = "" if found.exponential or found.share else " nats"
     return f"differences from about {size}{unit} on would show ({items}; {basis})"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds, minutes, hours or days, to two figures or so."""
-    for size, below, unit, smaller in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
-        if seconds >= size:
-            whole, rest = divmod(round(seconds / below), size // below)
-            return f"{whole} {unit} {rest} {smaller}" if rest and whole < 10 else f"{whole} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def size_text(count: int) -> str:
-    """Bytes in the unit that suits."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 1 << power:
-            return f"{count / (1 << power):.3g} {unit}" if count < 1000 << power else f"{count / (1 << power):.0f} {unit}"
-    return f"{count} bytes"

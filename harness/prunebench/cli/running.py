@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from rich.markup import escape
 
 from prunebench.cli.program import Device, Machine, Results, app, command_line, open_store, terminal
 from prunebench.errors import RequestError, UnknownNameError
+from prunebench.plain import escape
 
 if TYPE_CHECKING:
     from prunebench.bench.plan import Planner, RunRequest

@@ -133,7 +133,7 @@ class Journal:
         return self._claim(run_stem(machine, run_id), page)
 
     def announce(self, machine: str, command: str, suite: str, jobs: int, settled: int, runs: Sequence[SweepRun]) -> Claim:
-        """Say that a sweep is going on, so that `status` knows what remains of it.
+        """Say that a sweep is going on, so that `status` knows what remains of it; takes the place of dead ones of its suite.
 
         Raises:
             StoreError: the folder cannot be written.
@@ -150,15 +150,20 @@ class Journal:
         )
         claim = self._claim(f"sweep-{uuid.uuid4().hex[:12]}", page)
         assert claim is not None  # nobody else has such a name
+        for path, entry in self._read("sweep-*.json", SweepPage):
+            if not entry.alive and (entry.page.machine, entry.page.suite) == (machine, suite):
+                with suppress(OSError):
+                    path.unlink()
+                    path.with_suffix(".lock").unlink()
         return claim
 
     def runs(self) -> list[Entry[RunPage]]:
         """Every run that is at work, or was when its process died; the one that began first comes first."""
-        return sorted(self._read("*.json", RunPage), key=lambda entry: entry.page.started)
+        return sorted((entry for _, entry in self._read("*.json", RunPage)), key=lambda entry: entry.page.started)
 
     def sweeps(self) -> list[Entry[SweepPage]]:
         """Every sweep that is going on, or was when its process died."""
-        return sorted(self._read("sweep-*.json", SweepPage), key=lambda entry: entry.page.started)
+        return sorted((entry for _, entry in self._read("sweep-*.json", SweepPage)), key=lambda entry: entry.page.started)
 
     def scratch(self, machine: str, run_id: str, ending: str) -> Path:
         """Where what belongs to a run at work is kept: its log, its checkpoint. The folder is there."""
@@ -176,14 +181,14 @@ class Journal:
             raise StoreError(f"the results folder {self.folder.parent} cannot be written: {error.strerror}.") from None
         return Claim(lock, self.folder / f"{stem}.json", page)
 
-    def _read(self, pattern: str, kind: type[Page]) -> Iterator[Entry[Page]]:
+    def _read(self, pattern: str, kind: type[Page]) -> Iterator[tuple[Path, Entry[Page]]]:
         for path in self.folder.glob(pattern):
             if path.name.startswith("sweep-") != (kind is SweepPage):
                 continue
             with suppress(OSError, ValueError, RecursionError, ValidationError):
                 if path.stat().st_size <= MAX_PAGE_BYTES:
                     page = kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-                    yield Entry(page, self._is_held(path.with_suffix(".lock")))
+                    yield path, Entry(page, self._is_held(path.with_suffix(".lock")))
 
     @staticmethod
     def _is_held(path: Path) -> bool:
@@ -208,25 +213,26 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def seconds_left(ended: Sequence[tuple[float | None, float]], left: Sequence[float | None], jobs: int) -> float | None:
+def seconds_left(
+    ended: Sequence[tuple[float | None, float]], left: Sequence[tuple[float | None, float]], jobs: int
+) -> float | None:
     """How long a sweep will still take; None where nothing is known.
 
     Args:
         ended: predicted and found seconds of runs that have ended.
-        left: predicted seconds of those that have not.
+        left: predicted seconds of those that have not, and how long each has been at work.
         jobs: runs at a time.
 
-    Where runs have predictions, these times what runs have taken of theirs so far; otherwise as long as those that ended.
+    Where all runs have predictions, these times what runs have taken of theirs so far; otherwise as long as those that ended.
     """
-    if not left:
-        return 0.0
-    expected = [predicted for predicted in left if predicted is not None]
     known = [(predicted, found) for predicted, found in ended if predicted]
+    expected = [predicted for predicted, _ in left if predicted is not None]
     if len(expected) == len(left):
         factor = sum(found for _, found in known) / sum(predicted for predicted, _ in known) if known else 1.0
-        total = factor * sum(expected)
+        whole = [factor * predicted for predicted in expected]
     elif ended:
-        total = len(left) * sum(found for _, found in ended) / len(ended)
+        whole = [sum(found for _, found in ended) / len(ended)] * len(left)
     else:
         return None
-    return total / min(jobs, len(left))
+    rest = [max(0.0, each - spent) for each, (_, spent) in zip(whole, left, strict=True)]
+    return sum(rest) / max(1, min(jobs, len(left)))

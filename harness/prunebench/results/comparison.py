@@ -11,14 +11,19 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from prunebench.errors import StoreError
 from prunebench.results.accuracy import Flips, covers_chance, macro_accuracy_interval, mcnemar
 from prunebench.results.items import Columns
-from prunebench.results.records import RunRecord, ScoreRecord, eval_revision, fingerprint
+from prunebench.results.records import RunRecord, SampleRecord, ScoreRecord, eval_revision, fingerprint
 from prunebench.results.resampling import Floats, Items, equal_weights, macro_weights
 from prunebench.results.statistics import Difference, new_items, new_seeds_too, smallest_detectable
 
 LoadItems = Callable[[RunRecord, ScoreRecord], Columns]
 """Gives a score's raw answers: `ResultStore.items`."""
+
+
+MOST = {False: 1e100, True: 700.0}
+"""How large a value may be; where a mean of them is a logarithm, its exponential must be a number too."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +60,34 @@ class Answers:
 
     @classmethod
     def of(cls, row: Sequence[Measured], load: LoadItems) -> Answers | None:
-        """The answers of a row's runs, or None where the score does not say what it is made of, or that is not kept."""
+        """The answers of a row's runs, or None where the score does not say what it is made of, or that is not kept.
+
+        Raises:
+            StoreError: they cannot be read, or are not what the score says of them.
+        """
         samples = [measured.score.sample for measured in row]
         sample = samples[0]
         if sample is None or any(other != sample for other in samples):
             return None
         columns = [load(measured.record, measured.score) for measured in row]
         first = columns[0]
-        names = [name for name in (sample.documents, sample.strata, sample.tasks) if name]
+        names = [name for name in (sample.documents, sample.strata, sample.tasks) if name is not None]
         if any(name not in other for other in columns for name in (sample.column, *names)):
             return None
+        for measured, other in zip(row, columns, strict=True):
+            if problem := _problem(other, sample):
+                raise StoreError(f"the raw answers of {measured.name} in {measured.record.id} {problem}.")
         labels = {name: tuple(first[name]) for name in names}
         if any({name: tuple(other[name]) for name in names} != labels for other in columns):
             return None
-        tasks = _codes(labels[sample.tasks]) if sample.tasks else None
-        documents = _codes(labels[sample.documents]) if sample.documents else None
+        tasks = _codes(labels[sample.tasks]) if sample.tasks is not None else None
+        documents = _codes(labels[sample.documents]) if sample.documents is not None else None
         if documents is not None and not documents.any() and sample.strata is None:
             documents = None  # a text in one piece, of which no articles are known: its neighbouring windows are drawn together
         items = Items(
             weights=equal_weights(len(first[sample.column])) if tasks is None else macro_weights(tasks),
             clusters=documents,
-            strata=_codes(labels[sample.strata]) if sample.strata else None,
+            strata=_codes(labels[sample.strata]) if sample.strata is not None else None,
         )
         return cls(
             values=np.asarray([other[sample.column] for other in columns], np.float64),
@@ -188,3 +200,21 @@ def _codes(labels: Sequence[object]) -> NDArray[np.intp]:
 def _positions(labels: Sequence[object]) -> dict[str, NDArray[np.intp]]:
     names = np.asarray([str(label) for label in labels])
     return {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+
+
+def _problem(columns: Columns, sample: SampleRecord) -> str | None:
+    """What of raw answers does not fit what a score says of them: anybody may have written them."""
+    counted = [name for name in (sample.column, "choices") if name in columns]
+    named = [name for name in (sample.documents, sample.strata, sample.tasks) if name is not None]
+    count = len(columns[sample.column])
+    if not count or any(len(columns[name]) != count for name in (*counted, *named)):
+        return "are none, or columns of several lengths"
+    for name in counted:
+        least, most = (1.0, MOST[False]) if name == "choices" else (-MOST[sample.exponential], MOST[sample.exponential])
+        if not all(isinstance(value, int | float) and least <= value <= most for value in columns[name]):
+            return f"are not all numbers from {least:g} to {most:g}"
+    if sample.documents is not None and sample.strata is not None:
+        pairs = set(zip(columns[sample.documents], columns[sample.strata], strict=True))
+        if len(pairs) > len(set(columns[sample.documents])):
+            return "have a document in two strata"
+    return None

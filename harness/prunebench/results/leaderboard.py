@@ -113,7 +113,7 @@ def difference_text(found: Difference, exponential: bool, share: bool) -> str:
 def difference_size(size: float, exponential: bool, share: bool) -> str:
     """The size of a difference, in the same units."""
     if exponential:
-        return f"{math.expm1(size):.1%}"
+        return f"{math.expm1(min(size, 700.0)):.1%}"
     return f"{100 * size:.1f} points" if share else f"{size:.4f}"
 
 

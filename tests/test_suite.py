@@ -139,7 +139,7 @@ def test_what_is_left_out_has_the_documented_defaults(tmp_path: Path) -> None:
     assert suite.grid.seeds == (0,)
     assert suite.calibration is not None
     assert (suite.calibration.samples, suite.calibration.length) == (128, 2048)
-    assert (suite.limits.threads, suite.limits.batch_size, suite.limits.timeout) == (None, 8, None)
+    assert (suite.limits.threads, suite.limits.batch_size, suite.limits.timeout) == (None, None, None)
 
 
 def test_the_grid_is_models_methods_targets_and_seeds(folder: Path) -> None:

@@ -106,8 +106,11 @@ class WalkState:
 
     done: int
     """Blocks that are finished, the first ones."""
+    of: int
+    """All blocks."""
     blocks: Mapping[str, torch.Tensor]
-    """Numbers and keep masks of the blocks that were finished since the state before; of all of them when it is given back."""
+    """Numbers and keep masks of the blocks that were finished since the state before; of all of them when it is given back.
+    The model's own tensors, which change when it goes on."""
     passing: Mapping[str, torch.Tensor]
     """Hidden states, and what else each state replaces."""
     facts: dict[str, Any]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,20 +17,30 @@ from prunebench.errors import NonFiniteError, RequestError, RunError
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
 from prunebench.results.records import EvalSpec, SampleRecord, ScoreRecord
-from prunebench.spec import EvalJob, Progress, Score
+from prunebench.spec import Eval, EvalJob, Progress, Score
 from prunebench.toolkit.loading import identify, load_model
+from prunebench.toolkit.memory import is_out_of_memory, let_go
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
 
 
-def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, scores: dict[str, ScoreRecord]) -> None:
+def evaluate(
+    request: RunRequest,
+    model: PreTrainedModel,
+    progress: Progress,
+    scores: dict[str, ScoreRecord],
+    kept: Callable[[], None] = lambda: None,
+    note: Callable[[str, str], None] = lambda key, value: None,  # noqa: ARG005
+) -> None:
     """Run every evaluation of the spec on the pruned model.
 
     Args:
         request: of the run.
         model: pruned.
         progress: told how far it is.
-        scores: gets each score by its name as soon as it is there.
+        scores: gets each score by its name as soon as it is there; what is in it is not measured again.
+        kept: called after each.
+        note: told when memory ran out and an evaluation was begun anew with half the batch.
 
     Raises:
         NonFiniteError: a value is not a number.
@@ -42,6 +53,8 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, sc
     dense = DenseModel(request, device)
     names = score_names([spec.text for spec in request.spec.evals])
     for name, text, spec in zip(names, request.eval_texts, request.spec.evals, strict=True):
+        if name in scores:
+            continue
         evaluation = registry.eval(parse_step(text))
         progress(f"eval {text}", 0, 1)
         started = time.perf_counter()
@@ -54,9 +67,24 @@ def evaluate(request: RunRequest, model: PreTrainedModel, progress: Progress, sc
             progress=progress,
             dense=dense,
         )
-        with guarded([]), evaluating(model):
-            score = evaluation.measure(job)
+        score, size = _measured(evaluation, job)
+        if size != job.batch_size:
+            note(f"{name}: batch size halved to {size}", "out of memory")
         scores[name] = _score_record(name, score, spec, time.perf_counter() - started)
+        kept()
+
+
+def _measured(evaluation: Eval, job: EvalJob) -> tuple[Score, int]:
+    """Evaluate, from the start again with half the batch when memory runs out; the score, and the batch size that it took."""
+    while True:
+        try:
+            with guarded([]), evaluating(job.model):
+                return evaluation.measure(job), job.batch_size
+        except (MemoryError, RuntimeError) as error:
+            if job.batch_size <= 1 or not is_out_of_memory(error):
+                raise
+        let_go()  # the error is gone, and with it the frames whose tensors it held
+        job = replace(job, batch_size=job.batch_size // 2)
 
 
 class DenseModel:

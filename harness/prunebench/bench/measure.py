@@ -44,6 +44,14 @@ def peaks_so_far(device: torch.device) -> tuple[int | None, int | None]:
     return on_device, _high_water() or int(psutil.Process().memory_info().rss)
 
 
+def free_bytes(device: torch.device, limit: float | None = None) -> int:
+    """Bytes that are free on the device; on a host no more than a limit on this process leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    return int(available if limit is None else min(available, limit - psutil.Process().memory_info().rss))
+
+
 @contextmanager
 def measured(device: torch.device) -> Iterator[Cost]:
     """Measure what runs inside. Two synchronisations in all; nothing else is added to the work."""

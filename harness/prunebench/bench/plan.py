@@ -73,6 +73,7 @@ class RunRequest:
     device: str
     threads: int
     batch_size: int
+    """Sequences at a time; 0: the run chooses, by what is free when it begins."""
     timeout: float | None = None
     memory: float | None = None
     """Bytes that its process may use on the host."""
@@ -242,7 +243,7 @@ class Planner:
             command=self.command,
             device=self.device,
             threads=limits.threads or 0,
-            batch_size=limits.batch_size,
+            batch_size=limits.batch_size or 0,
             timeout=limits.timeout,
         )
 

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from prunebench.answers import ask
 from prunebench.bench import machine
 from prunebench.bench.artefacts import Artefacts
+from prunebench.bench.checkpoints import Checkpoints, Standing
 from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import write_model
-from prunebench.bench.measure import Cost, measured
+from prunebench.bench.measure import Cost, free_bytes, measured
 from prunebench.bench.plan import RunRequest
+from prunebench.bench.workplace import Workplace, set_up
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import Registry, load_registry
@@ -35,15 +37,13 @@ from prunebench.results.records import (
     ScoreRecord,
     StepRecord,
 )
-from prunebench.spec import Changes, Job, JsonDict, Needs, Progress, Pruner
+from prunebench.spec import Changes, Job, JsonDict, Progress, Pruner
 from prunebench.targets import Target, parse_target
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
-from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import load_model
 from prunebench.toolkit.memory import is_out_of_memory
-from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
 
@@ -64,8 +64,20 @@ class Outcome:
     anatomy: ModelAnatomy | None = None
     crowded: bool = False
     """Other processes were at work on the cores that a step needed."""
+    batch_size: int = 0
+    """Sequences at a time: as asked, or as chosen by what was free."""
+    checkpoints: Checkpoints | None = None
     extra_parameters: int = 0
     """What the model has in the end beside the parameters it came with: an untied head, and all adapters, loaded ones too."""
+
+    def kept(self) -> None:
+        """The scores so far need not be found again."""
+        if self.checkpoints is not None:
+            self.checkpoints.scored(self.scores)
+
+    def note(self, key: str, value: str) -> None:
+        """Something that the record should keep of what follows the last step."""
+        self.steps[-1].notes[key] = value
 
 
 def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
@@ -76,7 +88,8 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
             model = prune(request, progress, outcome)
             if request.reload:
                 model = reloaded(request, model, outcome)
-            evaluate(request, model, progress, outcome.scores)
+            chosen = replace(request, batch_size=outcome.batch_size)
+            evaluate(chosen, model, progress, outcome.scores, outcome.kept, outcome.note)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
     except KeyboardInterrupt:
@@ -95,40 +108,58 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         RunError: a step breaks the contract, or the result is not what the target says.
     """
     registry = load_registry()
-    steps = [parse_step(step.text) for step in request.spec.steps]
-    pruners = [registry.pruner(step) for step in steps]
+    pruners = [registry.pruner(parse_step(step.text)) for step in request.spec.steps]
     target = parse_target(request.spec.target)
+    free = free_bytes(torch.device(request.device), request.memory)
     progress("load", 0, 1)
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
-    placement = Resident(request.device)
-    place_model(model, [block.module for block in anatomy.blocks], placement)
-    dense, own_parameters = DenseWeights(anatomy, request.model.folder), anatomy.total_parameters
-    survivors_changed, explained, group = False, False, "row"
-    for index, (spec, pruner) in enumerate(zip(request.spec.steps, pruners, strict=True)):
-        outcome.current_step = spec.text
-        progress(f"step {spec.text}", index, len(pruners))
-        notes: JsonDict = {}
-        artefacts = Artefacts(request, pruner, first=index == 0)
-        job = _job(request, model, anatomy, target, pruner, placement, dense, progress, notes, artefacts)
-        before = Before(anatomy, dense, survivors_changed)
-        cost = take_step(pruner, job, notes)
-        artefacts.settle(cost)
-        outcome.crowded |= cost.crowded
-        outcome.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused))
-        progress("audit", 0, 1)
-        before.check_masks(pruner.changes())
-        before.check_declared(pruner.changes())
-        if pruner.changes() & Changes.MASKS and pruner.audit_group() != "earlier":
-            group = pruner.audit_group()  # a later step without masks of its own is held to the pattern it found
-        explained |= "extra_zeros" in notes
-        outcome.finding = audit(anatomy, target, group, explained)
-        survivors_changed |= bool(pruner.changes() & Changes.KEPT_WEIGHTS)
+    work = set_up(request, model, anatomy, target, pruners, free)
+    own_parameters, outcome.batch_size = anatomy.total_parameters, work.request.batch_size
+    outcome.checkpoints = checkpoints = Checkpoints(work.request, pruners)
+    outcome.started, outcome.clock = checkpoints.began(outcome.started, outcome.clock)
+    standing = checkpoints.restore(anatomy)
+    outcome.steps, outcome.crowded, outcome.scores = standing.steps, standing.crowded, checkpoints.scores
+    if standing.steps:
+        outcome.finding = audit(anatomy, target, standing.group, standing.explained)
+    for index in range(len(standing.steps), len(pruners)):
+        outcome.current_step = request.spec.steps[index].text
+        progress(f"step {outcome.current_step}", index, len(pruners))
+        _next_step(work, registry, pruners[index], standing, outcome, progress)
+    outcome.steps[-1].notes.update(checkpoints.notes)
     outcome.current_step = None
     outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
     return model
+
+
+def _next_step(
+    work: Workplace, registry: Registry, pruner: Pruner, standing: Standing, outcome: Outcome, progress: Progress
+) -> None:
+    """Take a step, compare the model with what it declared, and make its record."""
+    notes: JsonDict = {}
+    checkpoints, anatomy, changes = outcome.checkpoints, work.anatomy, pruner.changes()
+    assert checkpoints is not None
+    artefacts, checkpoint = Artefacts(work.request, pruner, first=not standing.steps), checkpoints.of_step(pruner, notes)
+    job = work.job(pruner, progress, notes, artefacts, checkpoint)
+    before = Before(anatomy, work.dense, standing.survivors_changed)
+    cost = take_step(pruner, job, notes)
+    artefacts.settle(cost)
+    if checkpoint is not None:
+        checkpoint.settle(cost)
+    standing.crowded |= cost.crowded
+    outcome.crowded = standing.crowded
+    standing.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused))
+    progress("audit", 0, 1)
+    before.check_masks(changes)
+    before.check_declared(changes)
+    if changes & Changes.MASKS and pruner.audit_group() != "earlier":
+        standing.group = pruner.audit_group()  # a later step without masks of its own is held to the pattern it found
+    standing.explained |= "extra_zeros" in notes
+    outcome.finding = audit(anatomy, work.target, standing.group, standing.explained)
+    standing.changes |= changes.value
+    checkpoints.step_done(standing, anatomy)
 
 
 def reloaded(request: RunRequest, model: PreTrainedModel, outcome: Outcome) -> PreTrainedModel:
@@ -222,39 +253,6 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _job(
-    request: RunRequest,
-    model: PreTrainedModel,
-    anatomy: ModelAnatomy,
-    target: Target,
-    pruner: Pruner,
-    placement: Resident,
-    dense: DenseWeights,
-    progress: Progress,
-    notes: JsonDict,
-    artefacts: Artefacts,
-) -> Job:
-    needs = pruner.needs()
-    tokens = {f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in request.tokens.items()}
-    return Job(
-        model=model,
-        anatomy=anatomy,
-        target=target,
-        needs=needs,
-        # A method that does not declare to use the seed gets the same one whatever the run's.
-        seed=request.spec.seed or 0 if needs & (Needs.SEED | Needs.TRAINING) else 0,
-        placement=placement,
-        batch_size=request.batch_size,
-        masks=anatomy.masks.copy(),
-        dense=dense,
-        progress=progress,
-        note=notes.__setitem__,
-        attach=anatomy.adapters.attach,
-        artefact=artefacts,
-        **tokens,
-    )
-
-
 def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict, reused: list[str]) -> StepRecord:
     entry = registry.pruners[pruner.name]
     return StepRecord(
@@ -298,7 +296,7 @@ def _provenance(request: RunRequest, outcome: Outcome, executor: str) -> Provena
         device=machine.device_name(request.device),
         driver=machine.driver_version(),
         threads=request.threads or torch.get_num_threads(),
-        batch_size=request.batch_size,
+        batch_size=outcome.batch_size or request.batch_size,
         executor=executor,
         shared_machine=outcome.crowded,
         started=outcome.started.isoformat(timespec="seconds"),

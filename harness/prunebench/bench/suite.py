@@ -162,7 +162,8 @@ class Limits(_Section):
     """Resources of a run."""
 
     threads: Count | None = None
-    batch_size: Count = 8
+    batch_size: Count | None = None
+    """Sequences at a time; without it what is free decides, which is 8 where there is room."""
     timeout: Positive | None = None
 
 

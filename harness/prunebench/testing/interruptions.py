@@ -41,6 +41,6 @@ class Kept:
         self._blocks |= {name: tensor.clone() for name, tensor in state.blocks.items()}
         passing = {name: tensor.clone() for name, tensor in state.passing.items()}
         # What is written down is text: what becomes of numbers and tuples on the way shows.
-        self._state = WalkState(state.done, self._blocks, passing, json.loads(json.dumps(state.facts)))
+        self._state = WalkState(state.done, state.of, self._blocks, passing, json.loads(json.dumps(state.facts)))
         if state.done == self._last:
             raise Killed

@@ -47,6 +47,12 @@ def lap() -> Iterator[dict[str, float]]:
         yield found
 
 
+def so_far() -> dict[str, float]:
+    """Seconds by phase since the clock was started, up to now; nothing without one."""
+    clock = _clock.get()
+    return {} if clock is None else clock.so_far()
+
+
 @contextmanager
 def _inside(name: str) -> Iterator[None]:
     clock = _clock.get()
@@ -127,6 +133,12 @@ class PhaseClock:
         last = len(self._marks)
         self._synchronise()
         found.update(_seconds(self._marks[first:last]))
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase up to now; one synchronisation."""
+        self._mark(self._stack[-1])
+        self._synchronise()
+        return _seconds(self._marks)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase, once the clock has stopped."""

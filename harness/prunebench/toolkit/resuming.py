@@ -59,13 +59,8 @@ class Bookmark:
             at, hidden = self._stream.state()
             if hidden is not None:
                 passing[_HIDDEN] = hidden
-            facts = {
-                "at": at,
-                "batch_size": self._job.batch_size,
-                "carried": written,
-                "generators": generators(),
-            }
-            checkpoint.keep(WalkState(done, blocks, passing, facts))
+            facts = {"at": at, "batch_size": self._job.batch_size, "carried": written, "generators": generators()}
+            checkpoint.keep(WalkState(done, len(self._job.anatomy.blocks), blocks, passing, facts))
             self._kept = done
 
     def _written(self, blocks: Sequence[BlockHandle]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,7 +68,7 @@ class Bookmark:
         assert isinstance(anatomy, ModelAnatomy)
         for block in blocks:
             for name, tensor in _numbers(block).items():
-                yield name, tensor.detach().to("cpu", copy=True).contiguous()
+                yield name, tensor.detach()
             for matrix in block.matrices:
                 if matrix.name in anatomy.masks:
                     yield _mask(matrix.name), pack_bits(anatomy.masks[matrix.name])

@@ -1,0 +1,106 @@
+"""What all steps of a run work on: the model, where it rests, how many sequences at a time are worked on; each step's job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from prunebench.bench.artefacts import Artefacts
+from prunebench.bench.plan import RunRequest
+from prunebench.handles import Checkpoint
+from prunebench.spec import Job, JsonDict, Needs, Progress, Pruner
+from prunebench.targets import Target
+from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.placement import Arrangement, HostActivations, Resident, Streaming, arrange, footprint, place_model
+
+_AT_REST = {
+    Resident: None,
+    HostActivations: "activations rest on the host",
+    Streaming: "blocks and activations rest on the host",
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A loaded model, and what every step of the run is given of it."""
+
+    request: RunRequest
+    """With the batch size that was chosen."""
+    model: PreTrainedModel
+    anatomy: ModelAnatomy
+    target: Target
+    placement: Resident
+    dense: DenseWeights
+
+    def job(
+        self,
+        pruner: Pruner,
+        progress: Progress,
+        notes: JsonDict,
+        artefacts: Artefacts,
+        checkpoint: Checkpoint | None,
+    ) -> Job:
+        """A step's job."""
+        needs, spec = pruner.needs(), self.request.spec
+        if said := _AT_REST[type(self.placement)]:
+            notes["little memory is free"] = said
+        tokens = {
+            f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in self.request.tokens.items()
+        }
+        return Job(
+            model=self.model,
+            anatomy=self.anatomy,
+            target=self.target,
+            needs=needs,
+            # A method that does not declare to use the seed gets the same one whatever the run's.
+            seed=spec.seed or 0 if needs & (Needs.SEED | Needs.TRAINING) else 0,
+            placement=self.placement,
+            batch_size=self.request.batch_size,
+            masks=self.anatomy.masks.copy(),
+            dense=self.dense,
+            progress=progress,
+            note=notes.__setitem__,
+            attach=self.anatomy.adapters.attach,
+            artefact=artefacts,
+            checkpoint=checkpoint,
+            **tokens,
+        )
+
+
+def set_up(
+    request: RunRequest, model: PreTrainedModel, anatomy: ModelAnatomy, target: Target, pruners: Sequence[Pruner], free: int
+) -> Workplace:
+    """Choose where things rest and how many sequences are worked on at a time, and put the model there.
+
+    Args:
+        request: its batch size is kept, unless it leaves the choice.
+        model: as it was loaded, on the host.
+        anatomy: of the model.
+        target: of the run.
+        pruners: one a step.
+        free: bytes on the device before the model was loaded.
+    """
+    chosen = _arranged(request, model, anatomy, pruners, free)
+    placement = chosen.resting(request.device)
+    place_model(model, [block.module for block in anatomy.blocks], placement)
+    dense = DenseWeights(anatomy, request.model.folder)
+    return Workplace(replace(request, batch_size=chosen.batch_size), model, anatomy, target, placement, dense)
+
+
+def _arranged(
+    request: RunRequest, model: PreTrainedModel, anatomy: ModelAnatomy, pruners: Sequence[Pruner], free: int
+) -> Arrangement:
+    resting: list[type[Resident]] = [Resident]
+    if torch.device(request.device).type != "cpu":
+        resting.append(HostActivations)
+        if not any(pruner.needs() & Needs.TRAINING for pruner in pruners):  # whole models are trained on the device
+            resting.append(Streaming)
+    tokens = request.tokens.get("calibration")
+    samples, length = (0, 0) if tokens is None else tokens.shape
+    hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
+    taken = footprint(model, anatomy.blocks, samples, length, hidden)
+    return arrange(taken, free, resting, request.batch_size or None)

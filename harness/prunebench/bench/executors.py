@@ -94,7 +94,9 @@ class InlineExecutor:
 EXECUTORS = ("inline", "subprocess", "ray", "slurm")
 
 
-def make_executor(name: str, jobs: int, device: str, results: Path, ray_address: str | None = None) -> Executor:
+def make_executor(
+    name: str, jobs: int, device: str, results: Path, ray_address: str | None = None, again: bool = False
+) -> Executor:
     """An executor by name.
 
     Args:
@@ -103,6 +105,7 @@ def make_executor(name: str, jobs: int, device: str, results: Path, ray_address:
         device: what runs were asked to work on.
         results: the folder of records; logs of runs at work are kept in its journal.
         ray_address: of a Ray cluster that is there already.
+        again: do also what is settled, for an executor whose runs look for that themselves.
 
     Raises:
         UnknownNameError: there is none of that name.
@@ -119,7 +122,7 @@ def make_executor(name: str, jobs: int, device: str, results: Path, ray_address:
     if name == "slurm":
         from prunebench.bench.slurm_executor import SlurmExecutor
 
-        return SlurmExecutor(jobs, results)
+        return SlurmExecutor(jobs, results, again)
     if name == "subprocess":
         from prunebench.bench.subprocesses import SubprocessExecutor
 

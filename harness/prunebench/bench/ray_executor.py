@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from prunebench.errors import RequestError, first_line
@@ -78,7 +77,7 @@ class Task:
     def is_late(self) -> bool:
         """Whether it has been at work longer than it may; waiting for a place does not count."""
         timeout = self.request.timeout
-        return None not in (self.began, timeout) and time.monotonic() - self.began > timeout
+        return self.began is not None and timeout is not None and time.monotonic() - self.began > timeout
 
 
 class RayExecutor:
@@ -97,7 +96,7 @@ class RayExecutor:
         Raises:
             RequestError: ray is not installed.
         """
-        if importlib.util.find_spec("ray") is None:
+        if not is_installed():
             raise RequestError("--executor ray needs Ray, which is not installed: pip install 'prunebench[ray]'.")
         self._jobs, self._address = jobs, address
         self._ray: Any = None
@@ -108,15 +107,13 @@ class RayExecutor:
 
     def room(self) -> int:
         """As many runs as fit into what is free, and one to wait for the next place; runs are taken to be like the last one."""
-        most = len(self._tasks) + 1 if self._jobs is None else self._jobs
         if self._ray is None or not self._tasks:
-            return 1
+            return self._jobs or 1
         free, needs = self._ray.available_resources(), self._needs(list(self._tasks.values())[-1].request)
         fitting = min((int(free.get(name, 0) // amount) for name, amount in needs.items() if amount), default=1)
         waiting = sum(task.began is None for task in self._tasks.values())
-        if self._jobs is None:
-            most += fitting
-        return max(0, min(most - len(self._tasks), fitting + 1 - waiting))
+        room = fitting + 1 - waiting
+        return max(0, room if self._jobs is None else min(room, self._jobs - len(self._tasks)))
 
     def start(self, requests: Sequence[RunRequest]) -> None:
         """Hand the runs over.
@@ -128,6 +125,8 @@ class RayExecutor:
             self._connect()
         for request in requests:
             needs = self._needs(request)
+            if request.checkpoints is not None:
+                request = replace(request, checkpoints=str(Path(request.checkpoints).resolve()))
             amounts: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
             if needs["memory"]:
                 amounts["memory"] = needs["memory"]
@@ -177,10 +176,10 @@ class RayExecutor:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is not None:
             where = f"the Ray cluster {self._address} cannot be used"
-            options = {"address": self._address, "runtime_env": {"env_vars": _told_to_workers()}}
+            options: dict[str, Any] = {"address": self._address, "runtime_env": {"env_vars": told_to_workers()}}
         else:
             where = "Ray cannot be started on this machine"
-            self._folder = Path(tempfile.mkdtemp(prefix="prunebench-ray-", dir=_short_folder()))
+            self._folder = Path(tempfile.mkdtemp(prefix="prunebench-ray-", dir=short_folder()))
             options = {
                 "address": "local",
                 "include_dashboard": False,
@@ -275,7 +274,7 @@ def work(request: RunRequest, mailbox: Any) -> str:
     tell(("began", (node, f"{socket.gethostname()}, process {os.getpid()}{gpus}")))
     if request.memory is not None:
         threading.Thread(target=watch_memory, args=(request.memory, tell), daemon=True).start()
-    record = run(request, Throttled(SimpleNamespace(send=tell)), RayExecutor.name)
+    record = run(request, Throttled(tell), RayExecutor.name)
     return record.model_dump_json(by_alias=True)
 
 
@@ -306,12 +305,18 @@ def explained(error: Exception, attempts: int) -> Failure:
     return Failure(kind="killed", type=name, message=message, step=None)
 
 
-def _told_to_workers() -> dict[str, str]:
+def is_installed() -> bool:
+    """Whether the extra `ray` is there, without importing it."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def told_to_workers() -> dict[str, str]:
     """Settings of this shell that the workers of a cluster need too; no token is among them."""
     names = {"HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"}
     return {name: value for name, value in os.environ.items() if name in names or name.startswith("PRUNEBENCH_")}
 
 
-def _short_folder() -> str:
+def short_folder() -> str:
+    """Where the local Ray keeps its sockets."""
     folder = tempfile.gettempdir()
     return folder if len(folder) <= LONGEST_FOLDER else "/tmp"

@@ -11,7 +11,7 @@ import multiprocessing
 import multiprocessing.connection
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -243,7 +243,7 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     from prunebench.bench.runner import run
 
     try:
-        record = run(request, Throttled(pipe), SubprocessExecutor.name)
+        record = run(request, Throttled(pipe.send), SubprocessExecutor.name)
     except KeyboardInterrupt:
         sys.exit(ASKED_TO_END)
     pipe.send(("record", record.model_dump_json(by_alias=True)))
@@ -252,13 +252,13 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
 
 
 class Throttled:
-    """Sends progress through a pipe, at most ten times a second, but every new subject at once."""
+    """Sends progress on, at most ten times a second, but every new subject at once."""
 
-    def __init__(self, pipe: multiprocessing.connection.Connection) -> None:
-        self._pipe, self._what, self._last = pipe, "", 0.0
+    def __init__(self, send: Callable[[tuple[str, tuple[str, int, int]]], None]) -> None:
+        self._send, self._what, self._last = send, "", 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what or now - self._last > POLL_SECONDS:
             self._what, self._last = what, now
-            self._pipe.send(("progress", (what, done, total)))
+            self._send(("progress", (what, done, total)))

@@ -81,7 +81,13 @@ def _endings(record: RunRecord) -> set[str]:
 
 
 def sweep(
-    todo: list[RunRequest], store: ResultStore, executor: Executor, watcher: Watcher, again: bool, settled: int = 0
+    todo: list[RunRequest],
+    store: ResultStore,
+    executor: Executor,
+    watcher: Watcher,
+    again: bool,
+    settled: int = 0,
+    announce: bool = True,
 ) -> Summary:
     """Do the runs, in order as far as there is room; those that another command holds are taken as done if it finished them.
 
@@ -92,6 +98,7 @@ def sweep(
         watcher: is told.
         again: do also those that were settled since.
         settled: how many were found done before, for those who ask what is going on.
+        announce: say in the journal that a sweep is going on; False in a job that is a part of one.
 
     Raises:
         StoreError: a record cannot be written; the runs that are at work are for the executor to end.
@@ -107,13 +114,13 @@ def sweep(
         for request in todo
     ]
     first = todo[0]
-    announced = Journal(store.folder).announce(
-        first.machine, first.command, first.suite or "", max(1, executor.room()), settled, runs
-    )
+    journal, jobs = Journal(store.folder), max(1, executor.room())
+    announced = journal.announce(first.machine, first.command, first.suite or "", jobs, settled, runs) if announce else None
     try:
         return _Sweep(todo, store, executor, watcher, again).run()
     finally:
-        announced.release()
+        if announced is not None:
+            announced.release()
 
 
 @dataclass

@@ -12,7 +12,7 @@ TO_INPUTS, TO_WEIGHTS = 2, 3
 """Passes that a token counts for which goes forward and back: to the inputs only, and to inputs and weights. The backward of a
 product is one product of the same size for each."""
 
-LOOKS_TO_SCORE, LOOKS_TO_UPDATE = 10, 4
+LOOKS_TO_SCORE, LOOKS_TO_UPDATE = 12, 8
 """At every weight: for the score, a sort that reads several times, and the mask; for the zeros, and the mask packed."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunebench.bench.costs import Work
 from prunebench.bench.evals.generation import Generation
 from prunebench.bench.evals.questions import LAMBADA
 from prunebench.bench.evals.task_index import data_of
@@ -15,14 +16,15 @@ from prunebench.bench.evals.windows import C4_ROWS, C4_WINDOWS, WindowEval
 from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.bench.machine import default_dtype, portable
 from prunebench.bench.plan import Planner
-from prunebench.bench.preview import Work, pruning_tokens
 from prunebench.bench.specs import CALIBRATED, Cell, sequence_length
 from prunebench.bench.suite import ModelEntry
+from prunebench.effort import EffortFacts
 from prunebench.results.records import EvalSpec
 from prunebench.spec import Eval, JsonDict, Needs
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.hub import Download, data_download, fetch_description, model_download, pinned
 from prunebench.toolkit.loading import ModelSource, find_model, shape_of
+from prunebench.toolkit.placement import MOST_SEQUENCES
 from prunebench.toolkit.texts import KNOWN, find_set, mirror, resolve_file
 
 TEXT_TOKENS, C4_TOKENS, TASK_QUESTIONS = 300_000, 480, 1000
@@ -110,19 +112,26 @@ def _outlined(planner: Planner, entry: ModelEntry) -> list[Work]:
     def work(cell: Cell) -> Work:
         method, training = cell.method, planner.suite.training
         calibrated = method.calibration if method.needs & CALIBRATED else None
-        held = calibrated.samples * sequence_length(calibrated, shape.context) if calibrated else 0
+        window = sequence_length(planner.suite.calibration, shape.context)
         trained = training.tokens if training and method.needs & Needs.TRAINING else 0
         return Work(
             model=source,
             weights=None,
             shape=shape,
             dtype=entry.dtype or default_dtype(planner.device),
-            method=" + ".join(spec.text for spec in method.specs),
+            steps=tuple(spec.text for spec in method.specs),
+            pruners=tuple(method.pruners),
             target=str(cell.target),
             seed=cell.seed,
-            tokens=pruning_tokens(method.pruners, held, trained),
-            held=held,
-            trains=trained > 0,
+            facts=EffortFacts(
+                samples=calibrated.samples if calibrated else 0,
+                length=sequence_length(calibrated, shape.context) if calibrated else 0,
+                windows=trained // window,
+                window=window if trained else 0,
+                batch_size=planner.suite.limits.batch_size or MOST_SEQUENCES,
+                layers=shape.layers,
+                prunes=str(cell.target) != "dense",
+            ),
             evals=tuple(spec for asked, spec in zip(evals, described, strict=True) if asked.wanted_at(cell.target, cell.seed)),
         )
 

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
 
+from prunebench.bench.experience import Basis
+from prunebench.bench.plan import Prediction
 from prunebench.bench.preview import Cost, Preview
 from prunebench.bench.specs import run_label
 from prunebench.plain import duration_text, size_text
 from prunebench.results.leaderboard import difference_size
 from prunebench.results.planning import ANSWERS_DIFFER, WINDOW_DEVIATION, Figure
 
+_BASES: dict[Basis, str] = {
+    "the same": "records of the same runs",
+    "its kind": "records of the same methods and evaluations",
+    "others": "records of other methods",
+    "rates": "this machine's rates alone (rough: mostly within a factor of 3)",
+    "guess": "a guess, where nobody says how much is computed",
+}
+
 
 def print_preview(preview: Preview, console: Console) -> None:
     """The runs, what they would download and cost, and what they could show."""
     if any(work.id is None for work in preview.todo):
-        labels = Counter(run_label(replace(work, seed=None)) for work in preview.todo)
-        for label, count in labels.items():
-            console.print(f" to do  {count:>3} x  {escape(label)}")
-        console.print(f"{len(preview.todo)} runs; which of them are done is known when the data are here. Nothing was run.")
+        _print_outlined(preview, console)
     else:
-        for mark, works in (("done", preview.done), ("to do", preview.todo)):
-            for work in works:
-                console.print(f"{mark:>6}  {work.id}  {escape(run_label(work))}")
+        for work in preview.done:
+            console.print(f"  done  {work.id}  {'':{_TIME}}  {'':{_SIZE}}  {escape(run_label(work))}", soft_wrap=True)
+        for work, estimate in zip(preview.todo, preview.estimates, strict=True):
+            console.print(f" to do  {work.id}  {_expected(estimate.prediction)}  {escape(run_label(work))}", soft_wrap=True)
         console.print(f"{len(preview.todo)} to do, {len(preview.done)} done; nothing was run.")
     _print_downloads(preview, console)
     if preview.todo:
@@ -35,6 +42,25 @@ def print_preview(preview: Preview, console: Console) -> None:
     several = len({name for name, _, _ in preview.figures}) > 1
     for name, text, found in preview.figures:
         console.print(f"  {escape(f'{name} {text}' if several else text)}: {_figure_text(found)}", soft_wrap=True)
+
+
+_TIME, _SIZE = 10, 8
+"""Columns of a run's seconds and bytes."""
+
+
+def _print_outlined(preview: Preview, console: Console) -> None:
+    """Runs by what they are called without their seeds, each with what the longest of them takes."""
+    labels: dict[str, list[Prediction]] = {}
+    for work, estimate in zip(preview.todo, preview.estimates, strict=True):
+        labels.setdefault(run_label(replace(work, seed=None)), []).append(estimate.prediction)
+    for label, found in labels.items():
+        longest = max(found, key=lambda prediction: prediction.seconds)
+        console.print(f" to do  {len(found):>3} x  {_expected(longest)}  {escape(label)}", soft_wrap=True)
+    console.print(f"{len(preview.todo)} runs; which of them are done is known when the data are here. Nothing was run.")
+
+
+def _expected(prediction: Prediction) -> str:
+    return f"{duration_text(prediction.seconds):>{_TIME}}  {size_text(prediction.peak_bytes):>{_SIZE}}"
 
 
 def _print_downloads(preview: Preview, console: Console) -> None:
@@ -51,26 +77,33 @@ def _print_downloads(preview: Preview, console: Console) -> None:
 
 
 def _print_costs(preview: Preview, console: Console) -> None:
-    console.print("\nWould take about:")
+    console.print("\nWould take about, one run at a time:")
     where = "on the device" if preview.planner.device.startswith("cuda") else "on the host"
     for cost in preview.costs:
-        console.print(f"  {escape(cost.model)}: {_cost_text(cost, where)}", soft_wrap=True)
+        console.print(f"  {escape(cost.model)}: {_cost_text(cost)} {where}", soft_wrap=True)
     if len(preview.costs) > 1:
-        peak = size_text(max(cost.peak_bytes for cost in preview.costs))
-        runs, seconds = sum(cost.runs for cost in preview.costs), sum(cost.seconds for cost in preview.costs)
-        console.print(f"  in all: {runs} runs, {duration_text(seconds)}, peak {peak} {where}")
-    if preview.rates:
-        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in preview.rates.items())
-        limits = "mostly within a factor of 3, far too little for methods that optimise block by block"
-        console.print(f"  rough: operations at the measured rate, {rates}; {limits}", soft_wrap=True)
+        whole = Cost(
+            "in all",
+            sum(cost.runs for cost in preview.costs),
+            sum(cost.seconds for cost in preview.costs),
+            max(cost.peak_bytes for cost in preview.costs),
+        )
+        console.print(f"  in all: {_cost_text(whole)} {where}")
+    shares = [(basis, share) for basis in _BASES if (share := preview.bases.get(basis, 0.0)) >= 0.005]
+    console.print("  rests on " + ", ".join(f"{_BASES[basis]} {share:.0%}" for basis, share in shares), soft_wrap=True)
+    if "rates" in preview.bases or "guess" in preview.bases:
+        rates = {f"{name} in {dtype}": found.products / 1e9 for (name, dtype), found in preview.estimator.rates.items()}
+        measured = ", ".join(f"{rate:,.0f} GFLOP/s at the sizes of {escape(of)}" for of, rate in rates.items())
+        console.print(f"  measured here{_of_one_thread(preview)}: {measured}", soft_wrap=True)
 
 
-def _cost_text(cost: Cost, where: str) -> str:
+def _of_one_thread(preview: Preview) -> str:
+    return "" if preview.planner.device.startswith("cuda") else ", by one thread"
+
+
+def _cost_text(cost: Cost) -> str:
     runs = f"{cost.runs} {'run' if cost.runs == 1 else 'runs'}"
-    basis = "rough" if not cost.records else f"from {cost.records} records"
-    if cost.records and cost.assumed:
-        basis += f", {cost.assumed} runs in part rough"
-    return f"{runs}, {duration_text(cost.seconds)}, peak {size_text(cost.peak_bytes)} {where} ({basis})"
+    return f"{runs}, {duration_text(cost.seconds)}, peak {size_text(cost.peak_bytes)}"
 
 
 def _figure_text(found: Figure | None) -> str:

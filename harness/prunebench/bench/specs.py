@@ -20,7 +20,7 @@ from prunebench.toolkit.loading import ModelIdentity
 from prunebench.toolkit.texts import Source
 
 if TYPE_CHECKING:
-    from prunebench.bench.preview import Work
+    from prunebench.bench.costs import Work
 
 CALIBRATED = Needs.CALIBRATION | Needs.GRADIENTS
 """Either: the method reads calibration text."""

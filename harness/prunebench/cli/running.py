@@ -184,8 +184,9 @@ def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None
 
 def _show_plan(planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool) -> None:
     """Print what would be run, without changing or downloading anything that takes long."""
+    from prunebench.bench.estimate import known_work
     from prunebench.bench.outline import downloads, outlined_work
-    from prunebench.bench.preview import Preview, known_work
+    from prunebench.bench.preview import Preview
     from prunebench.bench.preview_text import print_preview
     from prunebench.bench.specs import run_label
     from prunebench.bench.sweep import split_settled

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -146,6 +146,7 @@ class ModelShape:
     vocabulary: int
     context: int
     """The longest sequence."""
+    heads: int = 1
     attention: int = 0
     """Width of all heads' queries together."""
     matrices: tuple[tuple[int, int], ...] = ()
@@ -181,9 +182,10 @@ def shape_of(source: ModelSource) -> ModelShape:
         hidden=width,
         vocabulary=int(settings.vocab_size),
         context=context_of(config),
+        heads=heads,
         attention=heads * int(getattr(settings, "head_dim", None) or width // heads),
         matrices=tuple(shape for _, shape in matrices),
-        inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(list(siblings))),
+        inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(siblings)),
     )
 
 
@@ -195,10 +197,13 @@ def _matrices(shell: Any) -> list[tuple[str, tuple[int, int]]]:
         return []
 
 
-def _read(siblings: list[tuple[str, tuple[int, int]]]) -> list[int]:
-    """Widths of what the matrices of one parent read: the first ones the same, the last what they have made of it."""
-    widths = [inputs for _, (_, inputs) in siblings]
-    return [widths[0], widths[-1]] if len(widths) > 1 else widths
+def _read(siblings: Iterable[tuple[str, tuple[int, int]]]) -> list[int]:
+    return read_widths([inputs for _, (_, inputs) in siblings])
+
+
+def read_widths(siblings: list[int]) -> list[int]:
+    """Widths of what the matrices of one parent read, by those of each: the first the same, the last what they made of it."""
+    return [siblings[0], siblings[-1]] if len(siblings) > 1 else siblings
 
 
 def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:

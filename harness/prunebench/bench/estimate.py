@@ -1,0 +1,143 @@
+"""What runs will take, before they are run: the cost model, a machine's rates, and what its records make of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from prunebench.bench.costs import RatesFor, Work, eval_bytes, step_bytes
+from prunebench.bench.experience import Basis, Experience, parts, past_of
+from prunebench.bench.plan import Planner, Prediction, RunRequest
+from prunebench.bench.rates import Rates, rates_of
+from prunebench.bench.specs import build_method
+from prunebench.effort import EffortFacts
+from prunebench.plugins import Registry
+from prunebench.results.records import RunRecord
+from prunebench.results.store import ResultStore
+from prunebench.toolkit.loading import ModelShape, ModelSource, shape_of
+from prunebench.toolkit.placement import MOST_SEQUENCES
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, and what that rests on."""
+
+    prediction: Prediction
+    bases: Mapping[Basis, float]
+    """Seconds by what they rest on."""
+
+
+@dataclass
+class Estimator:
+    """Estimates runs on one machine."""
+
+    machine: str
+    device: str
+    threads: int
+    registry: Registry
+    records: Sequence[RunRecord] = ()
+    """Of the machine."""
+    rates: dict[tuple[str, str], Rates] = field(default_factory=dict)
+    """Of one thread, by the model's name and the dtype, where they were needed."""
+    _experiences: dict[tuple[str, str], Experience] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, planner: Planner, store: ResultStore) -> Estimator:
+        """With the records of a store that are of the planner's machine."""
+        own = [stored.record for stored in store.latest() if stored.record.machine == planner.machine]
+        threads = planner.suite.limits.threads or torch.get_num_threads()
+        return cls(planner.machine, planner.device, threads, planner.registry, own)
+
+    def estimate(self, work: Work) -> Estimate:
+        """What a run will take.
+
+        Raises:
+            PluginError: a pruner does not say what it computes.
+        """
+        experience, bases = self._experience(work), dict[Basis, float]()
+        planned = parts(work, self._rates(work, self.threads))
+        for part in planned:
+            seconds, basis = experience.seconds(part)
+            bases[basis] = bases.get(basis, 0.0) + seconds
+        peaks = [eval_bytes(work, self.on_host)] if work.evals else []
+        steps = [part for part in planned if part.kind == "step"]
+        for part, efforts in zip(steps, work.efforts(), strict=True):
+            peaks.append(experience.peak_bytes(part) or step_bytes(efforts, work, self.on_host))
+        return Estimate(Prediction(sum(bases.values()), max(peaks, default=0)), bases)
+
+    @cached_property
+    def on_host(self) -> bool:
+        """Whether runs are on the CPU, and memory is the process's."""
+        return not self.device.startswith("cuda")
+
+    def _experience(self, work: Work) -> Experience:
+        """Records, seen with the rates at this model's sizes."""
+        key = (work.model.name, work.dtype)
+        if key not in self._experiences:
+            found = past_of(self.records, self.registry, lambda threads: self._rates(work, threads))
+            self._experiences[key] = Experience(self.threads, found)
+        return self._experiences[key]
+
+    def _rates(self, work: Work, threads: int) -> RatesFor:
+        def rates(dtype: str) -> Rates:
+            key = (work.model.name, dtype)
+            if key not in self.rates:
+                self.rates[key] = rates_of(work.shape, dtype, self.device, self.machine)
+            return self.rates[key].times(threads) if self.on_host else self.rates[key]
+
+        return rates
+
+
+def with_predictions(requests: Iterable[RunRequest], store: ResultStore, planner: Planner) -> list[RunRequest]:
+    """The requests, each with what it is expected to take.
+
+    Raises:
+        PluginError: a pruner does not say what it computes.
+    """
+    asked = list(requests)
+    estimator = Estimator.of(planner, store)
+    works = known_work(asked, planner.registry)
+    return [replace(request, predicted=estimator.estimate(work).prediction) for request, work in zip(asked, works, strict=True)]
+
+
+def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]:
+    """Runs whose model and texts are here."""
+    shapes: dict[Path, ModelShape] = {}
+
+    def shape(source: ModelSource) -> ModelShape:
+        if source.folder not in shapes:
+            shapes[source.folder] = shape_of(source)
+        return shapes[source.folder]
+
+    return [_known(request, shape(request.model), registry) for request in requests]
+
+
+def _known(request: RunRequest, shape: ModelShape, registry: Registry) -> Work:
+    spec, method = request.spec, build_method([step.text for step in request.spec.steps], registry)
+    training = request.tokens.get("training")
+    windows, window = training.shape if training is not None else (0, 0)
+    return Work(
+        model=request.model,
+        weights=spec.model.weights,
+        shape=shape,
+        dtype=spec.model.dtype,
+        steps=tuple(step.text for step in spec.steps),
+        pruners=tuple(method.pruners),
+        target=spec.target,
+        seed=spec.seed,
+        facts=EffortFacts(
+            samples=spec.recipe.samples or 0,
+            length=spec.recipe.length or 0,
+            windows=windows,
+            window=window,
+            batch_size=request.batch_size or MOST_SEQUENCES,
+            layers=shape.layers,
+            prunes=spec.target != "dense",
+        ),
+        evals=spec.evals,
+        id=spec.id,
+    )

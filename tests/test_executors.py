@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing.forkserver
 import os
-import random
 import re
 import signal
 import sys
@@ -543,35 +541,3 @@ def test_an_interruption_at_the_start_is_as_quiet(bench: Bench, plugin: Path, tm
     assert err == "interrupted; finished runs are kept, and the same command goes on from here.\n"
     assert out == ""
     assert readable(tmp_path / "results") == []
-
-
-@pytest.mark.soak
-def test_killed_at_any_moment_nothing_is_lost_or_done_twice(bench: Bench, plugin: Path, tmp_path: Path) -> None:
-    suite = tmp_path / "small.toml"
-    suite.write_text(bench.suite_text("dense", "magnitude", "random", "wanda", targets=["0.5", "2:4"], seeds=[0, 1, 2]))
-    results = tmp_path / "results"
-    arguments = ("run", suite, "--results", results, "--machine", "here")
-    draw = random.Random(0)
-    for number in range(20):
-        before = tree(results) if results.exists() else {}
-        with start_command(*arguments, path=plugin) as process:
-            time.sleep(draw.uniform(0.5, 10))
-            if number % 2:
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGINT)
-            process.communicate(timeout=60)
-        complaints: list[str] = []
-        stored = ResultStore(results, complaints.append).all() if results.exists() else []
-        assert complaints == []
-        assert len({item.record.id for item in stored}) == len(stored)
-        after = tree(results) if results.exists() else {}
-        assert {name: after[name] for name in before if name.endswith(".json")} == {
-            name: content for name, content in before.items() if name.endswith(".json")
-        }
-    ran = run_command(*arguments, path=plugin)
-    assert (ran.code, ran.err) == (0, "")
-    records = ResultStore(results, print).all()
-    assert len(records) == len({item.record.id for item in records}) == 1 + 2 + 6 + 6
-    assert {item.record.status for item in records} == {"ok"}
-    assert json.loads((results / records[0].path).read_text())["schema"] == 3

@@ -359,7 +359,7 @@ def test_a_checkpoint_goes_when_the_run_is_done(requests: list[RunRequest], stor
     folders = [tmp_path / request.spec.method for request in requests]
     for folder in folders:
         folder.mkdir()
-        (folder / "blocks").touch()
+        (folder / "blocks.safetensors").touch()
     asked = [dataclasses.replace(r, checkpoints=str(folder)) for r, folder in zip(requests, folders, strict=True)]
     do(asked, store, random="failed", wanda="refused")
     assert [folder.exists() for folder in folders] == [False, False, True, False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from prunebench.bench.checkpoints import clear
 from prunebench.bench.executors import Executor
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import run_label
@@ -214,8 +214,8 @@ class _Sweep:
         path = None
         if not self._executor.keeps_records:
             path = self._store.write(record, log)
-            if record.status != "failed" and held.request.checkpoints is not None:
-                shutil.rmtree(held.request.checkpoints, ignore_errors=True)
+            if record.status != "failed":
+                clear(held.request)
         del self._held[run]
         if held.claim:
             held.claim.release()

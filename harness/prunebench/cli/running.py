@@ -14,6 +14,7 @@ from prunebench.errors import RequestError, UnknownNameError
 from prunebench.plain import escape
 
 if TYPE_CHECKING:
+    from prunebench.bench.executors import Executor
     from prunebench.bench.plan import Planner, RunRequest
     from prunebench.results.records import EvalSpec
     from prunebench.results.store import ResultStore
@@ -74,25 +75,35 @@ def run(
 
     Example: prunebench run quickstart --only wanda
     """
+    from functools import partial
+
     from prunebench.bench.display import SweepDisplay
+    from prunebench.bench.estimate import with_predictions
     from prunebench.bench.executors import make_executor
     from prunebench.bench.sweep import split_settled, sweep
 
     endings = frozenset(retry or ())
-    _check_options(executor, timeout, memory, endings)
+    cluster = executor == "slurm" or ray_address is not None
+    _check_options(executor, timeout, memory, endings, cluster and not (machine and device))
     store = open_store(results)
-    planner = _planner(suite, model, method, machine, device)
-    chosen = make_executor(executor, jobs, planner.device, results, ray_address)
+    planner = _planner(suite, model, method, machine, device, cluster)
+    again = again or "refused" in endings
+    chosen = make_executor(executor, jobs, planner.device, results, ray_address, again)
+    limited = partial(_limited, store=store, timeout=timeout, memory=memory, checkpoint_every=checkpoint_every)
     if dry_run:
-        _show_plan(planner, suite, only, store, again)
+        requests = _show_plan(planner, suite, only, store, again, endings)
+        if executor == "slurm":
+            _show_scripts(chosen, limited(requests))
         return
-    requests = _limited(_requests(planner, suite, only), store, timeout, memory, checkpoint_every)
+    requests = limited(_requests(planner, suite, only))
     todo, done = split_settled(requests, store, planner.machine, again, endings)
+    if todo and not cluster:
+        todo = with_predictions(todo, store, planner)
     store.check_writable()
     display = SweepDisplay(terminal)
     display.started(todo, len(done), jobs)
     try:
-        summary = sweep(todo, store, chosen, display, again or "refused" in endings, len(done))
+        summary = sweep(todo, store, chosen, display, again, len(done))
     finally:
         display.close()
         chosen.close()
@@ -106,8 +117,14 @@ def run(
         raise typer.Exit(1)
 
 
-def _check_options(executor: str, timeout: float | None, memory: float | None, endings: Collection[str]) -> None:
+def _check_options(
+    executor: str, timeout: float | None, memory: float | None, endings: Collection[str], nameless: bool
+) -> None:
     """Raise a RequestError where options do not go together."""
+    if nameless:
+        raise RequestError(
+            "runs on a cluster need --machine, a name for its nodes, and --device, cpu or cuda: neither can be seen from here."
+        )
     if unknown := sorted(set(endings) - set(ENDINGS)):
         raise UnknownNameError.among("ending", unknown[0], ENDINGS)
     for option, value in (("--timeout", timeout), ("--memory", memory)):
@@ -137,7 +154,7 @@ def _limited(
 
 
 def _planner(
-    suite: str, models: list[str] | None, methods: list[str] | None, machine: str | None, device: str | None
+    suite: str, models: list[str] | None, methods: list[str] | None, machine: str | None, device: str | None, cluster: bool
 ) -> Planner:
     from prunebench.bench.commands import narrowed
     from prunebench.bench.machine import machine_slug
@@ -148,7 +165,8 @@ def _planner(
 
     chosen = narrowed(load_suite(suite), models or [], methods or [])
     name = slug(machine) if machine else machine_slug()
-    return Planner(with_dense(chosen), load_registry(), name, command_line(), pick_device(device))
+    found = device if cluster and device in ("cpu", "cuda") else pick_device(device)
+    return Planner(with_dense(chosen), load_registry(), name, command_line(), found)
 
 
 def _requests(planner: Planner, suite: str, only: str | None) -> list[RunRequest]:
@@ -182,8 +200,10 @@ def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None
     return found
 
 
-def _show_plan(planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool) -> None:
-    """Print what would be run, without changing or downloading anything that takes long."""
+def _show_plan(
+    planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool, endings: Collection[str]
+) -> list[RunRequest]:
+    """Print what would be run, without changing or downloading anything that takes long, and give the runs, where known."""
     from prunebench.bench.estimate import known_work
     from prunebench.bench.outline import downloads, outlined_work
     from prunebench.bench.preview import Preview
@@ -191,11 +211,22 @@ def _show_plan(planner: Planner, suite: str, only: str | None, store: ResultStor
     from prunebench.bench.specs import run_label
     from prunebench.bench.sweep import split_settled
 
-    wanted = downloads(planner)
+    wanted, requests = downloads(planner), list[RunRequest]()
     if wanted:
         outlined = outlined_work(planner)
         todo, done = _with_text(outlined, [run_label(work) for work in outlined], suite, only), []
     else:
-        split = split_settled(_requests(planner, suite, only), store, planner.machine, again)
-        todo, done = (known_work(requests, planner.registry) for requests in split)
+        requests, settled = split_settled(_requests(planner, suite, only), store, planner.machine, again, endings)
+        todo, done = (known_work(runs, planner.registry) for runs in (requests, settled))
     print_preview(Preview(planner, store, wanted, todo, done), terminal)
+    return requests
+
+
+def _show_scripts(executor: Executor, requests: list[RunRequest]) -> None:
+    """Print what Slurm would be given."""
+    from prunebench.bench.slurm_executor import SlurmExecutor
+
+    assert isinstance(executor, SlurmExecutor)
+    for script in executor.batch_scripts(requests):
+        terminal.print("\nWould be submitted:")
+        typer.echo(script)

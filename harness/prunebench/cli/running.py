@@ -211,7 +211,8 @@ def _show_plan(
     from prunebench.bench.specs import run_label
     from prunebench.bench.sweep import split_settled
 
-    wanted, requests = downloads(planner), list[RunRequest]()
+    requests: list[RunRequest] = []
+    wanted = downloads(planner)
     if wanted:
         outlined = outlined_work(planner)
         todo, done = _with_text(outlined, [run_label(work) for work in outlined], suite, only), []

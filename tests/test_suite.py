@@ -14,7 +14,7 @@ import pytest
 from support import Bench, cases
 
 from prunebench.bench.commands import narrowed
-from prunebench.bench.plan import Planner
+from prunebench.bench.plan import Planner, RunResources
 from prunebench.bench.suite import Suite, load_suite, shipped_suites, suites_folder, with_dense
 from prunebench.errors import DataError, ModelError, OptionError, RequestError, UnknownNameError
 from prunebench.plugins import load_registry
@@ -165,6 +165,23 @@ def test_a_method_may_have_a_calibration_text_of_its_own(folder: Path) -> None:
     untuned = load_suite(written(folder, both.replace('\ntuned = "mine"', "")))
     again = Planner(untuned, load_registry(), "here", "", "cpu").requests()[:8]
     assert [r.spec.id for r in again] == [r.spec.id for r in requests]
+
+
+def test_resources_are_the_suites_with_the_methods_own_over_them_and_no_part_of_a_run(folder: Path) -> None:
+    own = 'resources = { memory = 1.5, slurm = { partition = "long" } }'
+    content = edited('steps = ["wanda", "random"]', f'steps = ["wanda", "random"]\n{own}')
+    content += '[resources]\nminutes = 90.5\n[resources.slurm]\npartition = "gpu"\nexclusive = true\n'
+    given, plain, cuda = (
+        [request for request in Planner(load_suite(written(folder, text)), load_registry(), "here", "", device).requests()]
+        for text, device in ((content, "cpu"), (GOOD, "cpu"), (GOOD, "cuda"))
+    )
+    assert [request.spec.id for request in given] == [request.spec.id for request in plain]
+    suites = (("exclusive", True), ("partition", "gpu"))
+    assert given[0].resources == RunResources(gpus=0, cpus=2, memory=None, minutes=90.5, slurm=suites)
+    methods = (("exclusive", True), ("partition", "long"))
+    assert given[-1].resources == RunResources(gpus=0, cpus=2, memory=1.5 * (1 << 30), minutes=90.5, slurm=methods)
+    assert plain[0].resources == RunResources(gpus=0, cpus=2)
+    assert cuda[0].resources == RunResources(gpus=1, cpus=2)
 
 
 def test_a_method_may_have_seeds_of_its_own(folder: Path) -> None:
@@ -322,6 +339,12 @@ MISSPELT = {
     "key of the grid": (edited("seeds", "seed"), ["at grid.seed:", "did you mean 'seeds'?"]),
     "key of the limits": (edited("threads", "thread"), ["at limits.thread:", "did you mean 'threads'?"]),
     "key of the suite": (edited("version", "verison"), ["at suite.verison:", "did you mean 'version'?"]),
+    "key of the resources": ("[resources]\ngpu = 1\n" + GOOD, ["at resources.gpu:", "did you mean 'gpus'?"]),
+    "key for Slurm": ("[resources.slurm]\npartitoin = 1\n" + GOOD, ["at resources.slurm.partitoin:", "mean 'partition'?"]),
+    "key of a method's resources": (
+        edited('steps = ["magnitude"]', 'steps = ["magnitude"]\nresources = { slurm = { setup = "rm" } }'),
+        ["at method.0.resources.slurm.setup:", "Known: account, constraint"],
+    ),
     "key at the top": ("colour = 1\n" + GOOD, ["at colour:", "Known: calibration, eval, grid"]),
     "field that is no key": ('folder = "/"\n' + GOOD, ["no key 'folder'", "Known: calibration, eval, grid"]),
 }
@@ -384,6 +407,14 @@ WRONG = {
     "seed beyond all generators": (edited("[0, 7]", "[4294967296]"), "at grid.seeds.0: input should be less than or equal to"),
     "word for a seed": (edited("[0, 7]", '["first"]'), "at grid.seeds.0: input should be a valid integer"),
     "one seed": (edited("[0, 7]", "7"), "at grid.seeds: input should be a valid list"),
+    "broken gpus": ("[resources]\ngpus = 0.5\n" + GOOD, "at resources.gpus: input should be a valid integer"),
+    "no minutes": ("[resources]\nminutes = 0\n" + GOOD, "at resources.minutes: input should be greater than 0"),
+    "two lines for Slurm": (
+        '[resources.slurm]\nqos = "a\\n#SBATCH --x"\n' + GOOD,
+        "at resources.slurm.qos: string should match",
+    ),
+    "quotes for Slurm": ('[resources.slurm]\nqos = "a\'b"\n' + GOOD, "at resources.slurm.qos: string should match"),
+    "list for Slurm": ('[resources.slurm]\nqos = ["a"]\n' + GOOD, "at resources.slurm.qos: input should be a valid string"),
     "threads": (edited("threads = 2", "threads = 0"), "at limits.threads: input should be greater than or equal to 1"),
     "batch size": (edited("batch_size = 3", "batch_size = 0"), "at limits.batch_size: input should be greater than or equal"),
     "timeout": (edited("timeout = 60", "timeout = 0"), "at limits.timeout: input should be greater than 0"),

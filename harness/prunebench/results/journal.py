@@ -106,6 +106,8 @@ class Claim:
         """Take the page away and let go of the lock."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
+            if isinstance(self._page, SweepPage):  # nobody else ever asks for this lock
+                self._path.with_suffix(".lock").unlink(missing_ok=True)
         self._lock.release()
 
     def _write(self) -> None:

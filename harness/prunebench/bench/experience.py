@@ -128,7 +128,7 @@ class Experience:
 def parts(work: Work, rates: RatesFor) -> list[Part]:
     """The parts of a run: its start, its steps, its evaluations."""
     shape, facts = work.shape, work.facts
-    key = (work.weights, work.dtype, work.target, facts.samples, facts.length, facts.windows, facts.window)
+    key = (work.weights, work.dtype, work.target, facts.samples, facts.length, facts.windows * facts.window)
     found = [Part("start", "start", repr((work.weights, work.dtype)), work.dtype, {"start": start_seconds(work)})]
     for text, pruner, efforts in zip(work.steps, work.pruners, work.efforts(), strict=True):
         expected = step_seconds(efforts, shape, work.dtype, facts, rates)
@@ -149,14 +149,22 @@ def past_of(records: Iterable[RunRecord], registry: Registry, rates: Callable[[i
         registry: builds the pruners.
         rates: by the number of threads.
     """
+    return [
+        past
+        for record, work in works_of(records, registry)
+        for past in _past(record, parts(work, rates(record.provenance.threads)))
+    ]
+
+
+def works_of(records: Iterable[RunRecord], registry: Registry) -> list[tuple[RunRecord, Work]]:
+    """Runs that went well, as far as their cost depends on them, where their pruners are still installed."""
     good = [record for record in records if record.status == "ok" and record.audit is not None]
     totals, lengths = _totals(good), _lengths(good)
     found = []
     for record in good:
         suite, model = record.provenance.suite, record.spec.model.weights
         with suppress(PrunebenchError):  # a pruner that is gone, an option that it no longer has
-            work = _work(record, registry, totals.get(model), lengths.get(suite or "", 512))
-            found += _past(record, parts(work, rates(record.provenance.threads)))
+            found.append((record, _work(record, registry, totals.get(model), lengths.get(suite or "", 512))))
     return found
 
 

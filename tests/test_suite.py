@@ -172,7 +172,7 @@ def test_resources_are_the_suites_with_the_methods_own_over_them_and_no_part_of_
     content = edited('steps = ["wanda", "random"]', f'steps = ["wanda", "random"]\n{own}')
     content += '[resources]\nminutes = 90.5\n[resources.slurm]\npartition = "gpu"\nexclusive = true\n'
     given, plain, cuda = (
-        [request for request in Planner(load_suite(written(folder, text)), load_registry(), "here", "", device).requests()]
+        Planner(load_suite(written(folder, text)), load_registry(), "here", "", device).requests()
         for text, device in ((content, "cpu"), (GOOD, "cpu"), (GOOD, "cuda"))
     )
     assert [request.spec.id for request in given] == [request.spec.id for request in plain]

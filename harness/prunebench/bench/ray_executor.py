@@ -173,6 +173,7 @@ class RayExecutor:
         os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end otherwise
         import ray
 
+        self._ray = ray  # from here on there is something to close
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is not None:
             where = f"the Ray cluster {self._address} cannot be used"
@@ -191,7 +192,6 @@ class RayExecutor:
             ray.init(**options, **quiet)
         except (ConnectionError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise RequestError(f"{where}: {first_line(error).rstrip('.')}.") from None
-        self._ray = ray
         ray._private.worker._worker_logs_enabled = False  # what it prints of dying workers is in records, or made good
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         # It lives where the command does, so that a node that dies takes no letters with it.

@@ -170,6 +170,7 @@ class RayExecutor:
         """Start Ray or join the cluster; quietly, and without telling anybody."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be the default; unset, it warns
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise, and a run's costs would be those of the meek
         os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end otherwise
         import ray
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,15 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from support import FAMILIES, Bench, Ran, cases, make_record, make_spec, tiny, tree
 
-from prunebench.bench import preview
+from prunebench.bench import estimate
+from prunebench.bench.costs import PAIR_TOKENS, QUESTION_TOKENS, eval_effort
+from prunebench.bench.estimate import known_work
 from prunebench.bench.evals import task_index
 from prunebench.bench.evals.task_index import TaskIndex
 from prunebench.bench.outline import downloads, outlined_work
 from prunebench.bench.plan import Planner
-from prunebench.bench.preview import PAIR_TOKENS, QUESTION_TOKENS, READ_BYTES, START_SECONDS, Preview, known_work
+from prunebench.bench.preview import Preview
+from prunebench.bench.rates import Rates
 from prunebench.bench.specs import run_label
 from prunebench.bench.suite import load_suite
 from prunebench.errors import DataError, ModelError, UnknownNameError
@@ -39,7 +42,6 @@ MODEL = "owner/small"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": 700, "tokenizer.json": 1 << 20, "model.safetensors": 3 << 20, "README.md": 9000}
 METHODS = ("dense", "magnitude", "wanda", "magnitude + wanda", "random")
-RATE = 1e9
 Command = Callable[..., Ran]
 
 
@@ -99,7 +101,8 @@ def hub(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture(autouse=True)
 def _known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview, "matrix_rate", lambda device, dtype: RATE)
+    found = Rates(products=1e9, attention=1e9, moved=1e9, factored=1e9, launch=1e-6)
+    monkeypatch.setattr(estimate, "rates_of", lambda *_: found)
 
 
 def on_the_hub(text: str, allow: str = "") -> str:
@@ -121,7 +124,7 @@ def test_without_the_model_the_same_runs_are_found(bench: Bench, tmp_path: Path,
     assert downloads(here) == []
     assert [run_label(work).replace("tiny", "small") for work in known] == [run_label(work) for work in outlined]
     assert len(known) == 1 + 2 + 2 * 2 + 2 * 2 + 2 * 2 + 3
-    same = ("shape", "tokens", "held", "trains", "seed", "target", "dtype")
+    same = ("shape", "facts", "steps", "seed", "target", "dtype")
     assert [[getattr(work, name) for name in same] for work in known] == [[getattr(w, name) for name in same] for w in outlined]
     assert {work.id for work in outlined} == {None}
     assert {work.model.source for work in outlined} == {f"{MODEL}@{REVISION}"}
@@ -225,15 +228,14 @@ def test_a_dry_run_of_a_hub_model(here: Path, hub: Hub, command: Command) -> Non
     ran = command("run", "small.toml", "--dry-run")
     assert (ran.code, ran.err, tree(here)) == (0, "", before)
     for line in (
-        " to do    1 x  small dense",
-        " to do    1 x  small magnitude 2:4",
-        " to do    2 x  small wanda 0.5",
         "15 runs; which of them are done is known when the data are here. Nothing was run.",
         f"  model {MODEL}: 4 MiB",
         "  in all 4 MiB",
     ):
         assert f"{line}\n" in ran.out
-    assert re.search(r"\n  small: 15 runs, \d+ s, peak 3\d\d MiB on the host \(rough\)\n", ran.out)
+    for times, label in ((1, "small dense"), (1, "small magnitude 2:4"), (2, "small wanda 0.5")):
+        assert re.search(rf"(?m)^ to do    {times} x  +\d+ s   3\d\d MiB  {label}$", ran.out)
+    assert re.search(r"\n  small: 15 runs, \d+ s, peak 3\d\d MiB on the host\n  rests on this machine's rates alone", ran.out)
     assert "windows=4]: no difference would show, 4 windows are too few\n" in ran.out
     only = command("run", "small.toml", "--dry-run", "--only", "wanda 0.5")
     assert "4 runs; which of them are done" in only.out
@@ -246,7 +248,8 @@ def test_a_suite_of_two_models_has_a_sum(bench: Bench, here: Path, hub: Hub, com
     (here / "small.toml").write_text(on_the_hub(text))
     out = command("run", "small.toml", "--dry-run").out
     assert re.search(r"\n  in all: 3 runs, \d+ s, peak \d+ MiB on the host\n", out)
-    assert "1 GFLOP/s in float32" in out
+    assert "1 GFLOP/s at the sizes of tiny in bfloat16" in out
+    assert "measured here, by one thread" in out
 
 
 # Data sets
@@ -327,7 +330,7 @@ def test_every_text_and_task_of_a_suite_is_asked_for(
     monkeypatch.delenv("PRUNEBENCH_MIRROR")
     [dense, *_] = outlined_work(planner)
     own, pairs = 2 * 1000 * QUESTION_TOKENS, 2 * 1000 * PAIR_TOKENS
-    found = [dense.eval_tokens(spec) for spec in dense.evals]
+    found = [eval_effort(spec.conditions)[0].blocks for spec in dense.evals]
     assert found == [256 * 64, 4 * 16, own, pairs, 1000 * QUESTION_TOKENS]
 
 
@@ -355,59 +358,35 @@ def shown(bench: Bench, folder: Path, store: Path, *methods: str, **changes: Any
     return Preview(planner, ResultStore(store, pytest.fail), [], known_work(planner.requests(), planner.registry), [])
 
 
-def test_seconds_are_operations_over_the_rate(bench: Bench, tmp_path: Path) -> None:
-    """4 calibration sequences of 16 tokens; 4 windows of 16, twice for the divergence; one thread."""
-    evals = [bench.perplexity, bench.perplexity.replace("perplexity", "divergence")]
-    found = shown(bench, tmp_path, tmp_path / "none", "magnitude", "wanda", "gblm + wanda", evals=evals)
-    shape = found.todo[0].shape
-    passes = [0, 2, 2 + 3 + 2]
-    for work, times in zip(found.todo, passes, strict=True):
-        assert work.tokens == times * 64
-    [cost] = found.costs
-    start = START_SECONDS + 4 * shape.parameters / READ_BYTES
-    expected = 3 * (start + 2 * shape.multiplied * 3 * 64 / RATE) + 2 * shape.multiplied * sum(passes) * 64 / RATE
-    assert cost.seconds == pytest.approx(expected)
-    assert (cost.runs, cost.records, cost.assumed) == (3, 0, 3)
-
-
-def test_training_costs_time_and_memory(bench: Bench, tmp_path: Path) -> None:
-    more = f'[training]\nsource = "{bench.training}"\ntokens = 320'
-    found = shown(bench, tmp_path, tmp_path / "none", "magnitude", "magnitude + lora[steps=1]", more=more)
-    plain, trained = found.todo
-    assert (plain.tokens, trained.tokens) == (0, 3 * 320)
-    kept = 17 * 4 * 64 * 2 * plain.shape.hidden
-    assert trained.pruning_bytes(4) - plain.pruning_bytes(4) == 4 * (3 * plain.shape.parameters + kept)
-
-
-def test_memory_counts_the_dense_model_and_hidden_states(bench: Bench, tmp_path: Path) -> None:
-    divergence = bench.perplexity.replace("perplexity", "divergence")
-    [magnitude, wanda] = shown(bench, tmp_path, tmp_path / "none", "magnitude", "wanda").todo
-    [two] = shown(bench, tmp_path, tmp_path / "none", "magnitude", evals=[divergence]).todo
-    weights, logits = 4 * magnitude.shape.parameters, 4 * 4 * 64 * 300
-    assert magnitude.measuring_bytes(4) == magnitude.pruning_bytes(4) == weights + logits
-    assert two.measuring_bytes(4) == 2 * weights + logits
-    assert wanda.pruning_bytes(4) == weights + logits + 2 * 64 * wanda.shape.hidden * 4
-
-
-def test_the_libraries_count_on_the_host_only(bench: Bench, tmp_path: Path) -> None:
-    found = shown(bench, tmp_path, tmp_path / "none", "magnitude")
-    [host] = found.costs
-    found.planner.device = "cuda"
-    [device] = Preview(found.planner, found.store, [], found.todo, []).costs
-    assert host.peak_bytes - device.peak_bytes == 300 << 20
-    assert device.peak_bytes == found.todo[0].measuring_bytes(4)
-
-
 def kept(planned: Preview, index: int, folder: Path, machine: str = "box", seconds: float = 100.0) -> RunRecord:
-    """A record of a planned run: 1.5 seconds of evaluation, the rest pruning."""
+    """A record of a planned run: 1.5 seconds of evaluation, 2 of pruning, the rest until the weights are there."""
     [request] = [r for r in planned.planner.requests() if r.spec.id == planned.todo[index].id]
     made = make_record(request.spec, machine=machine, peak_host_bytes=2 << 30)
-    made = made.model_copy(update={"provenance": made.provenance.model_copy(update={"seconds": seconds})})
+    changed = {"seconds": seconds, "threads": 1}
+    made = made.model_copy(update={"provenance": made.provenance.model_copy(update=changed)})
     ResultStore(folder, pytest.fail).write(made)
     return made
 
 
-def test_seconds_of_records_come_first(bench: Bench, tmp_path: Path) -> None:
+def test_a_models_cost_is_that_of_its_runs(bench: Bench, tmp_path: Path) -> None:
+    found = shown(bench, tmp_path, tmp_path / "none", "magnitude", "wanda", "gblm + wanda")
+    predictions = [estimate.prediction for estimate in found.estimates]
+    [cost] = found.costs
+    assert (cost.model, cost.runs) == ("tiny", 3)
+    assert cost.seconds == pytest.approx(sum(prediction.seconds for prediction in predictions))
+    assert cost.peak_bytes == max(prediction.peak_bytes for prediction in predictions)
+    assert found.bases == {"rates": 1.0}
+
+
+def test_more_work_is_expected_to_take_longer(bench: Bench, tmp_path: Path) -> None:
+    more = f'[training]\nsource = "{bench.training}"\ntokens = 320'
+    methods = ("magnitude", "wanda", "gblm", "magnitude + lora[steps=1000]")
+    found = [e.prediction for e in shown(bench, tmp_path, tmp_path / "none", *methods, more=more).estimates]
+    assert [one.seconds < other.seconds for one, other in itertools.pairwise(found)] == [True] * 3
+    assert found[3].peak_bytes > found[0].peak_bytes
+
+
+def test_records_of_this_machine_come_first(bench: Bench, tmp_path: Path) -> None:
     store = tmp_path / "results"
     planned = shown(bench, tmp_path, store, "magnitude", "wanda", seeds=[0, 1])
     [before] = planned.costs
@@ -415,21 +394,26 @@ def test_seconds_of_records_come_first(bench: Bench, tmp_path: Path) -> None:
     [same] = shown(bench, tmp_path, store, "magnitude", "wanda", seeds=[0, 1]).costs
     assert same == before
     kept(planned, 1, store)
-    [cost] = shown(bench, tmp_path, store, "magnitude", "wanda", seeds=[0, 1]).costs
-    start = START_SECONDS + 4 * planned.todo[0].shape.parameters / READ_BYTES
-    assert cost.seconds == pytest.approx(2 * 98.5 + start + 3 * 1.5), "both seeds of wanda, and the text for all three"
-    assert (cost.runs, cost.records, cost.assumed, cost.peak_bytes) == (3, 1, 1, 2 << 30)
-    kept(planned, 2, store, seconds=200.0)
-    [cost] = shown(bench, tmp_path, store, "wanda", seeds=[0, 1, 2]).costs
-    assert cost.seconds == pytest.approx(3 * 150)
-    assert (cost.records, cost.assumed) == (2, 0)
+    found = shown(bench, tmp_path, store, "magnitude", "wanda", seeds=[0, 1])
+    magnitude, *wanda = [estimate.prediction for estimate in found.estimates]
+    assert [prediction.seconds for prediction in wanda] == [pytest.approx(100), pytest.approx(100)]
+    assert magnitude.seconds > 96.5 + 1.5, "the start and the evaluation are the same"
+    assert [prediction.peak_bytes for prediction in wanda] == [2 << 30] * 2
+    assert magnitude.peak_bytes < 2 << 30
+    assert found.bases["the same"] > 0.9
+    kept(planned, 2, store, seconds=400.0)
+    [*_, last] = shown(bench, tmp_path, store, "wanda", seeds=[0, 1, 2]).estimates
+    assert last.prediction.seconds == pytest.approx(3.5 + math.sqrt(96.5 * 396.5)), "the mean of factors"
 
 
-def test_the_rate_is_measured_in_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    started = time.monotonic()
-    assert 1e8 < preview.matrix_rate("cpu", "float32") < 1e15
-    assert time.monotonic() - started < 2
+def test_a_line_a_run_and_what_it_rests_on(here: Path, bench: Bench, command: Command) -> None:
+    (here / "here.toml").write_text(bench.suite_text("dense", "magnitude"))
+    assert command("run", "here.toml", "--only", "dense", "--executor", "inline").code == 0
+    out = command("run", "here.toml", "--dry-run").out
+    assert re.search(r"\n? *done  [0-9a-f]{12} {22} *tiny dense\n", out)
+    assert re.search(r"\n to do  [0-9a-f]{12} +\d+ s +3\d\d MiB  tiny magnitude 0\.5\n", out)
+    assert "\n  rests on records of the same runs 100%\n" in out
+    assert "measured here" not in out
 
 
 # What could be shown
@@ -539,4 +523,4 @@ def test_conditions_are_kept_with_a_planned_evaluation(bench: Bench, tmp_path: P
     [work] = shown(bench, tmp_path, tmp_path / "none", "dense").todo
     [spec] = work.evals
     assert isinstance(spec, EvalSpec)
-    assert work.eval_tokens(spec) == 4 * 16
+    assert eval_effort(spec.conditions)[0].blocks == 4 * 16

@@ -78,7 +78,8 @@ class Estimator:
         """Records, seen with the rates at this model's sizes."""
         key = (work.model.name, work.dtype)
         if key not in self._experiences:
-            found = past_of(self.records, self.registry, lambda threads: self._rates(work, threads))
+            known = {work.weights: work.shape} if work.weights else {}
+            found = past_of(self.records, self.registry, lambda threads: self._rates(work, threads), known)
             self._experiences[key] = Experience(self.threads, found)
         return self._experiences[key]
 

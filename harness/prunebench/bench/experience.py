@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
+from types import MappingProxyType
 from typing import Literal
 
 from prunebench.bench.costs import RatesFor, Work, effort_seconds, eval_effort, start_seconds, step_seconds
@@ -141,30 +142,40 @@ def parts(work: Work, rates: RatesFor) -> list[Part]:
     return found
 
 
-def past_of(records: Iterable[RunRecord], registry: Registry, rates: Callable[[int], RatesFor]) -> list[Past]:
+Shapes = Mapping[str, ModelShape]
+"""Shapes of models by the hash of their weights."""
+
+
+def past_of(
+    records: Iterable[RunRecord], registry: Registry, rates: Callable[[int], RatesFor], shapes: Shapes = MappingProxyType({})
+) -> list[Past]:
     """The parts of runs that went well; of steps by pruners that are still installed.
 
     Args:
         records: of one machine.
         registry: builds the pruners.
         rates: by the number of threads.
+        shapes: those that are known; of other models records tell them nearly.
     """
     return [
         past
-        for record, work in works_of(records, registry)
+        for record, work in works_of(records, registry, shapes)
         for past in _past(record, parts(work, rates(record.provenance.threads)))
     ]
 
 
-def works_of(records: Iterable[RunRecord], registry: Registry) -> list[tuple[RunRecord, Work]]:
+def works_of(
+    records: Iterable[RunRecord], registry: Registry, shapes: Shapes = MappingProxyType({})
+) -> list[tuple[RunRecord, Work]]:
     """Runs that went well, as far as their cost depends on them, where their pruners are still installed."""
     good = [record for record in records if record.status == "ok" and record.audit is not None]
     totals, lengths = _totals(good), _lengths(good)
     found = []
     for record in good:
         suite, model = record.provenance.suite, record.spec.model.weights
+        shape = shapes.get(model) or shape_in(record, totals.get(model))
         with suppress(PrunebenchError):  # a pruner that is gone, an option that it no longer has
-            found.append((record, _work(record, registry, totals.get(model), lengths.get(suite or "", 512))))
+            found.append((record, _work(record, registry, shape, lengths.get(suite or "", 512))))
     return found
 
 
@@ -186,9 +197,8 @@ def _past(record: RunRecord, planned: Sequence[Part]) -> list[Past]:
     return found
 
 
-def _work(record: RunRecord, registry: Registry, parameters: int | None, window: int) -> Work:
-    spec, shape = record.spec, shape_in(record, parameters)
-    recipe = spec.recipe
+def _work(record: RunRecord, registry: Registry, shape: ModelShape, window: int) -> Work:
+    spec, recipe = record.spec, record.spec.recipe
     length = recipe.length or window
     return Work(
         model=ModelSource(Path(), spec.model.name, spec.model.source),

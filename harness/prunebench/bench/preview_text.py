@@ -91,7 +91,7 @@ def _print_costs(preview: Preview, console: Console) -> None:
         console.print(f"  in all: {_cost_text(whole)} {where}")
     shares = [(basis, share) for basis in _BASES if (share := preview.bases.get(basis, 0.0)) >= 0.005]
     console.print("  rests on " + ", ".join(f"{_BASES[basis]} {share:.0%}" for basis, share in shares), soft_wrap=True)
-    if "rates" in preview.bases or "guess" in preview.bases:
+    if any(basis in ("rates", "guess") for basis, _ in shares):
         rates = {f"{name} in {dtype}": found.products / 1e9 for (name, dtype), found in preview.estimator.rates.items()}
         measured = ", ".join(f"{rate:,.0f} GFLOP/s at the sizes of {escape(of)}" for of, rate in rates.items())
         console.print(f"  measured here{_of_one_thread(preview)}: {measured}", soft_wrap=True)

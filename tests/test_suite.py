@@ -437,7 +437,8 @@ def test_what_is_wrong_is_said_with_its_place(content: str | bytes, said: str, t
 
 
 def test_a_deep_key_is_no_danger(tmp_path: Path) -> None:
-    assert "no key 'x'" in complaint(tmp_path, "x." * 3000 + "y = 1\n" + GOOD)
+    assert "has a line of more than 200 dots" in complaint(tmp_path, "x." * 3000 + "y = 1\n" + GOOD)
+    assert "no key 'x'" in complaint(tmp_path, "x." * 200 + "y = 1\n" + GOOD)
 
 
 @pytest.mark.parametrize(

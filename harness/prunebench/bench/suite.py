@@ -13,6 +13,12 @@ from prunebench.shipped import suites_folder
 
 MAX_SUITE_BYTES = 1 << 20
 
+MOST_DOTS = 200
+"""In a line of a suite, as many as there are parts in a dotted key."""
+
+MOST_NAME = 200
+"""Characters of a name that a message repeats."""
+
 MAX_SEED = 2**32 - 1
 """What every generator of random numbers takes, also where a method makes several seeds of one."""
 
@@ -203,14 +209,21 @@ def load_suite(name: str) -> Suite:
         RequestError: the file cannot be read, or a value does not fit.
     """
     path = Path(name).expanduser()
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         if name not in shipped_suites():
-            raise UnknownNameError.among("suite", name, shipped_suites())
+            raise UnknownNameError.among("suite", name[:MOST_NAME], shipped_suites())
         path = shipped_suites()[name]
     try:
         if path.stat().st_size > MAX_SUITE_BYTES:
             raise RequestError(f"the suite {path.name} is larger than {MAX_SUITE_BYTES >> 20} MiB, which no suite is.")
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):  # of a dotted key, tomllib takes the square in time
+            raise RequestError(f"the suite {path.name} has a line of more than {MOST_DOTS} dots, which no suite has.")
+        data = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise RequestError(f"the suite {path.name} cannot be read as TOML: {error}") from None
     if "folder" in data:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -293,12 +294,13 @@ def _made(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
         "batch size": request.batch_size,
         "number of threads": request.threads or torch.get_num_threads(),
         "packages": machine.package_versions(),
-        "code": _code({type(pruner).__module__.partition(".")[0] for pruner in pruners}),
+        "code": _code(frozenset(type(pruner).__module__.partition(".")[0] for pruner in pruners)),
     }
 
 
-def _code(modules: Iterable[str]) -> str:
-    """A digest of all source files of the harness and of the packages that the pruners are from."""
+@cache
+def _code(modules: frozenset[str]) -> str:
+    """A digest of all source files of the harness and of the packages that the pruners are from, as this process found them."""
     state = hashlib.sha256()
     for name in sorted({prunebench.__name__, *modules}):
         path = Path(getattr(sys.modules[name], "__file__", None) or "")

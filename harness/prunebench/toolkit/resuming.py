@@ -2,7 +2,7 @@
 
 The step starts on the model as it found it the first time, so what a method makes before it walks is made again on the same
 weights. The walk then puts back the finished blocks with their masks, the hidden states, what the method carries from block to
-block and the random generators, and goes on with the next block: the bits are those of a run that was never killed.
+block and random generators that were drawn from, and goes on with the next block: the bits of a run that was never killed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Bookmark:
         """`carries` is what the method keeps from block to block: see `carried.py`."""
         self._job, self._stream, self._carries = job, stream, carries
         self._kept = 0
+        self._generators: dict[str, Any] = {}
+        """As the walk found them."""
 
     def open(self) -> int:
         """The block to start with, all before it put back.
@@ -42,6 +44,7 @@ class Bookmark:
         if self._job.checkpoint is None:
             return 0
         with uncounted():
+            self._generators = generators()
             state = self._job.checkpoint.take()
             if state is not None:
                 self._put_back(state)
@@ -59,7 +62,14 @@ class Bookmark:
             at, hidden = self._stream.state()
             if hidden is not None:
                 passing[_HIDDEN] = hidden
-            facts = {"at": at, "batch_size": self._job.batch_size, "carried": written, "generators": generators()}
+            drawn = generators()
+            facts = {
+                "at": at,
+                "batch_size": self._job.batch_size,
+                "carried": written,
+                # Nobody who keeps the contract draws from them; untouched ones differ from process to process.
+                "generators": None if drawn == self._generators else drawn,
+            }
             checkpoint.keep(WalkState(done, len(self._job.anatomy.blocks), blocks, passing, facts))
             self._kept = done
 
@@ -91,7 +101,8 @@ class Bookmark:
         self._job.batch_size = facts["batch_size"]
         if _HIDDEN in state.passing:
             self._stream.go_on(facts["at"], state.passing[_HIDDEN])
-        set_generators(facts["generators"])
+        if facts["generators"] is not None:
+            set_generators(facts["generators"])
 
 
 def _mask(matrix: str) -> str:

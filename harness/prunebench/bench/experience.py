@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import geometric_mean
 from types import MappingProxyType
@@ -86,7 +87,7 @@ class Experience:
 
     def seconds(self, part: Part) -> tuple[float, Basis]:
         """What a part will take, and what that rests on."""
-        alike = [past for past in self.past if (past.part.kind, past.part.name) == (part.kind, part.name)]
+        alike = self._named.get((part.kind, part.name), [])
         nearest: list[tuple[Basis, list[Past]]] = [
             ("the same", [past for past in alike if past.part.same == part.same]),
             ("its kind", [past for past in alike if past.part.dtype == part.dtype]),
@@ -103,8 +104,16 @@ class Experience:
 
     def peak_bytes(self, part: Part) -> int | None:
         """The highest peak of the very same step, where there are records of it."""
-        same = [past.peak_bytes or 0 for past in self.past if (past.part.kind, past.part.same) == (part.kind, part.same)]
-        return max(same, default=0) or None
+        alike = self._named.get((part.kind, part.name), [])
+        return max((past.peak_bytes or 0 for past in alike if past.part.same == part.same), default=0) or None
+
+    @cached_property
+    def _named(self) -> dict[tuple[str, str], list[Past]]:
+        """By kind and name: a sweep of hundreds of runs asks for every part of each."""
+        found: dict[tuple[str, str], list[Past]] = {}
+        for past in self.past:
+            found.setdefault((past.part.kind, past.part.name), []).append(past)
+        return found
 
     def _by_phase(self, part: Part) -> tuple[float, Basis]:
         seconds, known = 0.0, False

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -21,10 +22,11 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
-from support import Ran, cases, make_record, make_spec, tree
+from safetensors.torch import load_file
+from support import Bench, Ran, cases, make_record, make_spec, tree
 
 from prunebench.bench.suite import load_suite
-from prunebench.errors import PrunebenchError, RequestError, StoreError, WriteError
+from prunebench.errors import ModelError, PrunebenchError, RequestError, StoreError, WriteError
 from prunebench.plain import escape, markdown, plain
 from prunebench.results import store as store_module
 from prunebench.results.board import build_board
@@ -34,6 +36,7 @@ from prunebench.results.leaderboard import to_markdown
 from prunebench.results.records import RunRecord, RunSpec, checksum
 from prunebench.results.store import ResultStore
 from prunebench.show import draw_board, print_board, print_record
+from prunebench.toolkit.loading import ModelSource, identify, load_model
 
 HOSTILE = (
     "\x1b]8;;http://e.vil\x07click\x1b]8;;\x07\x1b[2J\x1b[31m\x9b2J\r\x08\u202eevil\u2066\u200b\u2028\nok: all is well "
@@ -627,3 +630,66 @@ def test_a_pipe_is_no_suite(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(RequestError):
         load_suite(str(tmp_path / "pipe.toml"))
+
+
+# Models
+
+
+@pytest.fixture
+def model(bench: Bench, tmp_path: Path) -> Path:
+    shutil.copytree(bench.model, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def settings(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusals(model: Path, *allowed: str) -> list[str]:
+    """What is said before a model is planned, and before it is loaded."""
+    found = []
+    source = ModelSource(model, model.name, "local", frozenset(allowed))
+    for action in (lambda: identify(source), lambda: load_model(source, "float32")):
+        with pytest.raises(ModelError) as caught:
+            action()
+        found.append(str(caught.value))
+    return found
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_no_kernel_of_the_hub_is_run_unless_allowed(model: Path, key: str) -> None:
+    """transformers would fetch it and run it, whatever it is told of remote code."""
+    settings(model / "config.json", **{key: "evil/kernel"})
+    said = "tiny wants to run code from the Hub (evil/kernel); allow it by name (--allow remote-code) if you trust it."
+    assert refusals(model) == refusals(model, "pickle") == [said] * 2
+    settings(model / "config.json", **{key: None}, text_config={key: "evil/kernel"})
+    assert refusals(model) == [said] * 2
+
+
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_no_code_of_a_model_is_run_unless_allowed(model: Path, place: str) -> None:
+    owned = model / "owned"
+    (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(owned)!r}).touch()\nclass C: pass\n")
+    classes = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.C", "evil.C"], "AutoModelForCausalLM": "evil.C"}
+    settings(model / place, auto_map=classes, tokenizer_class="C")
+    with pytest.raises(ModelError, match="code"):
+        identify(ModelSource(model, "tiny", "local"))
+    load = ModelSource(model, "tiny", "local")
+    with contextlib.suppress(ModelError):
+        load_model(load, "float32")
+    assert not owned.exists()
+
+
+@pytest.mark.parametrize("named", ["../tiny2/model.safetensors", "/etc/passwd", "evil.bin", "absent.safetensors", 7])
+def test_what_is_loaded_is_what_was_hashed(model: Path, named: Any) -> None:
+    """An index may name any file: one elsewhere, or a pickle; a file that fits lies beside it to be hashed."""
+    shutil.copytree(model, model.with_name("tiny2"))
+    (model / "evil.bin").write_bytes(b"x")
+    names = list(load_file(model / "model.safetensors"))
+    (model / "model.safetensors").rename(model / "decoy.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "decoy.safetensors")}))
+    load_model(ModelSource(model, "tiny", "local"), "float32")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, named)}))
+    said = f"tiny/{index.name} names {str(named)!r}, which is no .safetensors file of its folder."
+    assert refusals(model) == [said] * 2

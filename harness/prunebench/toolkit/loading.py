@@ -34,6 +34,7 @@ from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.calibration import Vocabulary, context_of
 from prunebench.toolkit.hub import model_patterns, pinned, refusal
+from prunebench.toolkit.trust import check_whole, trusts_code, weight_files
 
 Allowed = frozenset[str]
 """What the user allows for a model by name: `pickle`, `remote-code`."""
@@ -94,7 +95,7 @@ def find_model(name: str, folders: list[Path], allowed: Allowed = frozenset()) -
     """
     for folder in [*folders, *_mirror_models()]:
         for spelling in dict.fromkeys((name, name.rsplit("/", 1)[-1])) if folder in _mirror_models() else (name,):
-            candidate = folder / Path(spelling).expanduser()
+            candidate = folder / spelling
             if (candidate / "config.json").is_file():
                 source = f"mirror:{name}" if folder in _mirror_models() else "local"
                 return ModelSource(candidate.resolve(), candidate.resolve().name, source, allowed)
@@ -113,8 +114,9 @@ def identify(source: ModelSource) -> ModelIdentity:
         ModelError: the folder is unreadable, or holds what is not allowed.
     """
     folder = source.folder
-    weights = _weight_files(source)
-    trust = _trusted(source)
+    weights = weight_files(folder, source.name, source.allowed)
+    trust = trusts_code(folder, source.name, source.allowed)
+    check_whole(weights, source.name)
     with _readable(source):
         config, shell = _shell(source)
         has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES[:3])
@@ -208,7 +210,7 @@ def read_widths(siblings: list[int]) -> list[int]:
 
 def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:
     """A model's settings, and the model without its weights."""
-    trust = _trusted(source)
+    trust = trusts_code(source.folder, source.name, source.allowed)
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
     with torch.device("meta"):
         return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
@@ -232,13 +234,15 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     Raises:
         ModelError: the weights cannot be read, or do not fill the model.
     """
+    weights = weight_files(source.folder, source.name, source.allowed)
+    trust = trusts_code(source.folder, source.name, source.allowed)
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=DTYPES[dtype],
-                use_safetensors=_weight_files(source)[0].suffix == ".safetensors",  # what `identify` has hashed
-                trust_remote_code="remote-code" in source.allowed,
+                use_safetensors=weights[0].suffix == ".safetensors",  # what `identify` has hashed
+                trust_remote_code=trust,
                 ignore_mismatched_sizes=True,  # told below, by name
                 output_loading_info=True,
             )
@@ -285,41 +289,6 @@ def _from_hub(name: str, revision: str | None, allowed: Allowed) -> ModelSource:
     except Exception as error:  # noqa: BLE001 - the hub's client raises dozens of kinds, all of which mean: not to be had
         raise ModelError(refusal(name, revision, error)) from None
     return ModelSource(Path(folder), name.rsplit("/", 1)[-1], f"{name}@{revision}", allowed)
-
-
-def _weight_files(source: ModelSource) -> list[Path]:
-    weights = sorted(source.folder.glob("*.safetensors"))
-    if weights:
-        return weights
-    pickles = sorted([*source.folder.glob("*.bin"), *source.folder.glob("*.pt"), *source.folder.glob("*.pth")])
-    if pickles and "pickle" in source.allowed:
-        return pickles
-    if pickles:
-        raise ModelError(
-            f"{source.name} has only pickled weights ({pickles[0].name}), which can run any code; convert them to "
-            "safetensors, or allow them by name (--allow pickle) if you trust it."
-        )
-    raise ModelError(f"the folder of {source.name} holds no .safetensors file.")
-
-
-def _trusted(source: ModelSource) -> bool:
-    """Whether code that comes with the model may run.
-
-    Raises:
-        ModelError: it wants to, and may not.
-    """
-    folder, trust = source.folder, "remote-code" in source.allowed
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder.name}/config.json cannot be read: {error}.") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder.name}/config.json holds no settings: it is not a JSON object.")
-    if "auto_map" in found and not trust:
-        raise ModelError(
-            f"{source.name} wants to run code that comes with it; allow it by name (--allow remote-code) if you trust it."
-        )
-    return trust
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:

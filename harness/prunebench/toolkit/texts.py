@@ -167,7 +167,7 @@ def resolve_file(name: str, folder: Path) -> Path:
         DataError: it is not there.
     """
     for place in (folder, suites_folder()):
-        path = place / Path(name).expanduser()
+        path = place / name
         if path.is_file():
             return path
     raise DataError(f"the file {name} does not exist (looked in {folder}).")

@@ -188,6 +188,32 @@ WRONG = {
         "run small.toml --executor inline --timeout 9",
         "--timeout needs --executor subprocess: nothing can stop",
     ),
+    "memory limit of this process": (
+        "run small.toml --executor inline --memory 9",
+        "--memory needs --executor subprocess: nothing can stop",
+    ),
+    "several at a time in this process": (
+        "run small.toml --executor inline --jobs 2",
+        "--jobs 2 needs another --executor than inline, which has one process.",
+    ),
+    "several on one GPU": ("run small.toml --device cuda:99 --jobs 2", "the device cuda:99 is not there"),
+    "an ending that there is not": (
+        "run small.toml --retry ooms",
+        "there is no ending 'ooms'; did you mean 'oom'? Known: audit, error, failed, killed, nan, oom, refused, timeout.",
+    ),
+    "a Ray for others": ("run small.toml --ray-address auto --machine x --device cpu", "--ray-address needs --executor ray."),
+    "a cluster without a name": (
+        "run small.toml --executor slurm --device cuda",
+        "runs on a cluster need --machine, a name for its nodes, and --device, cpu or cuda: neither can be seen from here.",
+    ),
+    "a Ray cluster whose device nobody said": (
+        "run small.toml --executor ray --ray-address auto --machine nodes",
+        "runs on a cluster need --machine",
+    ),
+    "Slurm that is not told how long": (
+        "run small.toml --executor slurm --device cuda --machine nodes --dry-run",
+        "how long",
+    ),
     "no GPU": ("run small.toml --device cuda:99", "the device cuda:99 is not there: this machine has"),
     "unknown device": ("run small.toml --device tpu", "--device is cpu, cuda or cuda:N, not 'tpu'."),
     "device of another kind": ("eval tiny --device meta", "--device is cpu, cuda or cuda:N, not 'meta'."),

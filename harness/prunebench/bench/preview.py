@@ -36,6 +36,8 @@ class Preview:
     downloads: list[Download]
     todo: list[Work]
     done: list[Work]
+    here: bool = True
+    """Runs are on this machine, whose rates can be measured; without it there are no estimates."""
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -43,16 +45,17 @@ class Preview:
         return Estimator.of(self.planner, self.store)
 
     @cached_property
-    def estimates(self) -> list[Estimate]:
+    def estimates(self) -> list[Estimate | None]:
         """Of each run that is to do."""
-        return [self.estimator.estimate(work) for work in self.todo]
+        return [self.estimator.estimate(work) if self.here else None for work in self.todo]
 
     @cached_property
     def costs(self) -> list[Cost]:
         """What is to do, by model."""
         found: dict[tuple[str, str], list[Estimate]] = {}
         for work, estimate in zip(self.todo, self.estimates, strict=True):
-            found.setdefault((work.model.name, work.dtype), []).append(estimate)
+            if estimate is not None:
+                found.setdefault((work.model.name, work.dtype), []).append(estimate)
         return [_cost(name, estimates) for (name, _), estimates in found.items()]
 
     @cached_property
@@ -60,7 +63,7 @@ class Preview:
         """Shares of the seconds by what they rest on."""
         found = Counter[Basis]()
         for estimate in self.estimates:
-            found.update(estimate.bases)
+            found.update(estimate.bases if estimate else {})
         total = sum(found.values()) or 1.0
         return {basis: seconds / total for basis, seconds in found.items()}
 

@@ -6,13 +6,12 @@ import math
 from dataclasses import replace
 
 from rich.console import Console
-from rich.markup import escape
 
+from prunebench.bench.estimate import Estimate
 from prunebench.bench.experience import Basis
-from prunebench.bench.plan import Prediction
 from prunebench.bench.preview import Cost, Preview
 from prunebench.bench.specs import run_label
-from prunebench.plain import duration_text, size_text
+from prunebench.plain import duration_text, escape, size_text
 from prunebench.results.leaderboard import difference_size
 from prunebench.results.planning import ANSWERS_DIFFER, WINDOW_DEVIATION, Figure
 
@@ -33,10 +32,12 @@ def print_preview(preview: Preview, console: Console) -> None:
         for work in preview.done:
             console.print(f"  done  {work.id}  {'':{_TIME}}  {'':{_SIZE}}  {escape(run_label(work))}", soft_wrap=True)
         for work, estimate in zip(preview.todo, preview.estimates, strict=True):
-            console.print(f" to do  {work.id}  {_expected(estimate.prediction)}  {escape(run_label(work))}", soft_wrap=True)
+            console.print(f" to do  {work.id}  {_expected(estimate)}  {escape(run_label(work))}", soft_wrap=True)
         console.print(f"{len(preview.todo)} to do, {len(preview.done)} done; nothing was run.")
     _print_downloads(preview, console)
-    if preview.todo:
+    if not preview.here:
+        console.print("\nHow long it would take is not known here: the cost model measures the machine that runs it.")
+    elif preview.todo:
         _print_costs(preview, console)
     console.print("\nDifferences of two methods that would be found four times of five, before the correction for many pairs:")
     several = len({name for name, _, _ in preview.figures}) > 1
@@ -50,16 +51,19 @@ _TIME, _SIZE = 10, 8
 
 def _print_outlined(preview: Preview, console: Console) -> None:
     """Runs by what they are called without their seeds, each with what the longest of them takes."""
-    labels: dict[str, list[Prediction]] = {}
+    labels: dict[str, list[Estimate | None]] = {}
     for work, estimate in zip(preview.todo, preview.estimates, strict=True):
-        labels.setdefault(run_label(replace(work, seed=None)), []).append(estimate.prediction)
+        labels.setdefault(run_label(replace(work, seed=None)), []).append(estimate)
     for label, found in labels.items():
-        longest = max(found, key=lambda prediction: prediction.seconds)
+        longest = max(found, key=lambda estimate: estimate.prediction.seconds if estimate else 0.0)
         console.print(f" to do  {len(found):>3} x  {_expected(longest)}  {escape(label)}", soft_wrap=True)
     console.print(f"{len(preview.todo)} runs; which of them are done is known when the data are here. Nothing was run.")
 
 
-def _expected(prediction: Prediction) -> str:
+def _expected(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return f"{'':{_TIME}}  {'':{_SIZE}}"
+    prediction = estimate.prediction
     return f"{duration_text(prediction.seconds):>{_TIME}}  {size_text(prediction.peak_bytes):>{_SIZE}}"
 
 

@@ -91,7 +91,7 @@ def run(
     chosen = make_executor(executor, jobs, planner.device, results, ray_address, again)
     limited = partial(_limited, store=store, timeout=timeout, memory=memory, checkpoint_every=checkpoint_every)
     if dry_run:
-        requests = _show_plan(planner, suite, only, store, again, endings)
+        requests = _show_plan(planner, suite, only, store, again, endings, here=not cluster)
         if executor == "slurm":
             _show_scripts(chosen, limited(requests))
         return
@@ -201,7 +201,7 @@ def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None
 
 
 def _show_plan(
-    planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool, endings: Collection[str]
+    planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool, endings: Collection[str], here: bool
 ) -> list[RunRequest]:
     """Print what would be run, without changing or downloading anything that takes long, and give the runs, where known."""
     from prunebench.bench.estimate import known_work
@@ -219,7 +219,7 @@ def _show_plan(
     else:
         requests, settled = split_settled(_requests(planner, suite, only), store, planner.machine, again, endings)
         todo, done = (known_work(runs, planner.registry) for runs in (requests, settled))
-    print_preview(Preview(planner, store, wanted, todo, done), terminal)
+    print_preview(Preview(planner, store, wanted, todo, done, here), terminal)
     return requests
 
 

@@ -266,5 +266,6 @@ def _keys(place: tuple[str, ...]) -> list[str]:
         "limits": Limits,
         "resources": Resources,
     }
-    inner = [{**sections, "slurm": SlurmOptions}[name] for name in place if name in sections or name == "slurm"]
+    known: dict[str, type[BaseModel]] = {**sections, "slurm": SlurmOptions}
+    inner = [known[name] for name in place if name in known]
     return list(inner[-1].model_fields) if inner else list(sections)

@@ -95,13 +95,13 @@ EXECUTORS = ("inline", "subprocess", "ray", "slurm")
 
 
 def make_executor(
-    name: str, jobs: int, device: str, results: Path, ray_address: str | None = None, again: bool = False
+    name: str, jobs: int | None, device: str, results: Path, ray_address: str | None = None, again: bool = False
 ) -> Executor:
     """An executor by name.
 
     Args:
         name: one of `EXECUTORS`.
-        jobs: runs at a time.
+        jobs: runs at a time; without it one, and with Ray or Slurm as many as there are places for.
         device: what runs were asked to work on.
         results: the folder of records; logs of runs at work are kept in its journal.
         ray_address: of a Ray cluster that is there already.
@@ -126,8 +126,8 @@ def make_executor(
     if name == "subprocess":
         from prunebench.bench.subprocesses import SubprocessExecutor
 
-        return SubprocessExecutor(jobs, device, results)
-    if jobs > 1:
+        return SubprocessExecutor(jobs or 1, device, results)
+    if jobs is not None and jobs > 1:
         raise RequestError(f"--jobs {jobs} needs another --executor than inline, which has one process.")
     return InlineExecutor()
 

@@ -75,11 +75,11 @@ class SlurmExecutor:
     name = "slurm"
     keeps_records = True
 
-    def __init__(self, jobs: int, results: Path, again: bool = False, cluster: str = "slurm") -> None:
+    def __init__(self, jobs: int | None, results: Path, again: bool = False, cluster: str = "slurm") -> None:
         """Nothing is submitted yet.
 
         Args:
-            jobs: runs of one array that may be at work at a time.
+            jobs: runs of one array that may be at work at a time; None for as many as Slurm finds places for.
             results: the results folder, shared by all nodes.
             again: do runs also that are settled.
             cluster: `slurm`, or `local` for jobs of this machine, as submitit names them.
@@ -89,7 +89,7 @@ class SlurmExecutor:
         """
         if not is_installed():
             raise RequestError("--executor slurm needs submitit, which is not installed: pip install 'prunebench[slurm]'.")
-        self._jobs, self._results, self._again, self._cluster = jobs, results.resolve(), again, cluster
+        self._jobs, self._results, self._again, self._cluster = jobs or MOST_TASKS, results.resolve(), again, cluster
         self._store, self._journal = ResultStore(self._results, lambda _: None), Journal(self._results)
         self._folder = self._journal.folder / "slurm"
         self._waiting: list[RunRequest] = []

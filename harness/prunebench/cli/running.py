@@ -61,7 +61,12 @@ def run(
     executor: Annotated[
         str, typer.Option("--executor", help="subprocess (a fresh process a run), inline, ray or slurm.")
     ] = "subprocess",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time; on CUDA one for each GPU.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Runs at a time; on CUDA one for each GPU.", show_default="1, on a cluster what fits"
+        ),
+    ] = None,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds a run may take.")] = None,
     memory: Annotated[float | None, typer.Option("--memory", min=0.001, help="GiB a run may use on the host.")] = None,
     retry: Annotated[list[str] | None, typer.Option("--retry", help=f"Only runs that ended so: {', '.join(ENDINGS)}.")] = None,
@@ -101,7 +106,7 @@ def run(
         todo = with_predictions(todo, store, planner)
     store.check_writable()
     display = SweepDisplay(terminal)
-    display.started(todo, len(done), jobs)
+    display.started(todo, len(done), min(chosen.room(), len(todo)))
     try:
         summary = sweep(todo, store, chosen, display, again, len(done))
     finally:

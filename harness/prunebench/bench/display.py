@@ -59,10 +59,10 @@ class SweepDisplay:
             self._live.start()
 
     def run_began(self, number: int, request: RunRequest, where: str) -> None:
-        """A line for the run, for as long as it is at work."""
+        """A line for the run, for as long as it is at work; a run whose worker died may begin again."""
         self._began[number] = time.monotonic()
-        if self._live and len(self._lines) < MOST_LINES:
-            on = f" on {where}" if "cuda" in where or "node" in where else ""
+        if self._live and number not in self._lines and len(self._lines) < MOST_LINES:
+            on = f" on {where}" if "," in where else ""  # one of several devices or nodes
             description = escape(f"{number:>3} {run_label(request.spec)[:48]}{on}")
             self._lines[number] = self._live.add_task(description, total=1, state="starting")
             self._show_overall()

@@ -302,7 +302,7 @@ def test_what_is_declined() -> None:
     told = {r.check: r.message for r in check_pruner(TwoOfFour, families=["opt"]) if r.outcome == "declined"}
     assert told == dict.fromkeys(everything - CLAIMS - {"refuses_first"}, "two-of-four refuses opt: OPT is not supported.") | {
         law: f"two-of-four does not claim {claim}."
-        for law, claim in zip(sorted(CLAIMS), ("CHANNELS", "NESTED", "PREFIX", "ROWS"), strict=True)
+        for law, claim in zip(sorted(CLAIMS), ("CHANNELS", "NESTED", "PREFIX", "BLOCKWISE", "ROWS"), strict=True)
     }
     assert outcomes(TwoOfFour, "llama")["declined"] == {"zero_sparsity", *CLAIMS}
     assert outcomes(Moves, "llama")["declined"] == {"earlier_zeros", *CLAIMS}
@@ -347,7 +347,7 @@ def test_the_audit_names_a_module_that_is_gone() -> None:
 
 def test_which_law_is_asked_where() -> None:
     asked = cases()
-    assert len(asked) == 12 * 4 + 2 * 12 + 1
+    assert len(asked) == 12 * 4 + 2 * 13 + 1
     assert {check for check, family in asked if family == "gemma3"} == {
         "target_met",
         "declared_changes",
@@ -455,7 +455,7 @@ def test_under_pytest(tmp_path: Path) -> None:
     wide = os.environ | {"COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=wide, check=False)
     said = done.stdout
-    assert "1 failed, 39 passed, 19 skipped, 1 xfailed" in said, said + done.stderr
+    assert "1 failed, 40 passed, 21 skipped, 1 xfailed" in said, said + done.stderr
     assert "PASSED test_stranger.py::test_conformance[magnitude[group=row]-saves-gpt2]" in said
     assert "FAILED test_stranger.py::test_conformance[plain-saves-gpt2] - [XPASS(strict)] in doubt" in said
     assert "XFAIL test_stranger.py::test_conformance[plain-silent-opt] - it tells a story" in said

@@ -180,7 +180,7 @@ def test_a_full_disk_stops_no_run(journal: Journal, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     claim = claimed(journal)
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("prunebench.results.journal.write_aside", full)
     claim.tell(doing="step wanda")
     assert journal.runs()[0].page.doing == ""
     claim.release()
@@ -194,6 +194,57 @@ def test_strange_pages_are_passed_over(journal: Journal, content: bytes) -> None
     assert [entry.page.id for entry in journal.runs()] == [RUN]
     assert journal.sweeps() == []
     claim.release()
+
+
+@pytest.mark.parametrize("prefix", ["box-", "sweep-"])
+def test_what_is_no_page_holds_nobody_up(journal: Journal, tmp_path: Path, prefix: str) -> None:
+    """A pipe would wait for a writer for ever; a link leads to what is no business of this folder's readers."""
+    claim, sweep = claimed(journal), journal.announce("box", "prunebench run x", "x", 1, 0, [])
+    (page,) = [path for path in journal.folder.glob("*.json") if path.name.startswith(prefix)]
+    (tmp_path / "outside.json").write_bytes(page.read_bytes())
+    (journal.folder / f"{prefix}link.json").symlink_to(tmp_path / "outside.json")
+    os.mkfifo(journal.folder / f"{prefix}pipe.json")
+    (journal.folder / f"{prefix}folder.json").mkdir()
+    assert (len(journal.runs()), len(journal.sweeps())) == (1, 1)
+    claim.release()
+    sweep.release()
+
+
+def test_a_journal_elsewhere_is_not_used(journal: Journal, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    journal.folder.parent.mkdir()
+    journal.folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"^the journal .* is a link that leads out of the results folder\.$"):
+        journal.claim("box", RUN, "a run")
+    with pytest.raises(StoreError, match="leads out"):
+        journal.scratch("box", RUN, "log")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_page_being_written_has_a_name_that_nobody_guesses(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, names = claimed(journal), set()
+    replace = Path.replace
+
+    def seen(self: Path, target: Path) -> Path:
+        assert stat.S_ISREG(self.lstat().st_mode)
+        names.add(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", seen)
+    claim.tell(doing="step wanda")
+    claim.tell(doing="eval perplexity")
+    assert len(names) == 2
+    claim.release()
+
+
+def test_what_a_killed_writer_left_of_a_page_is_removed(journal: Journal) -> None:
+    claim = claimed(journal)
+    claim.release()
+    remains = [journal.folder / f"box-{RUN}.abcdefgh.tmp", journal.folder / "box-0123456789ac.abcdefgh.tmp"]
+    for path in remains:
+        path.touch()
+    claimed(journal).release()
+    assert [path.exists() for path in remains] == [False, True], "the other is another's"
 
 
 def test_a_sweep_announces_itself(journal: Journal) -> None:

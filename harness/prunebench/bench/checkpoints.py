@@ -12,6 +12,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -57,7 +58,8 @@ class Standing:
 def clear(request: RunRequest) -> None:
     """Remove a run's checkpoint, once its record is kept."""
     if request.checkpoints:
-        CheckpointFolder(Path(request.checkpoints)).clear()
+        with suppress(OSError):  # the record is there, and the folder became read-only since
+            CheckpointFolder(Path(request.checkpoints)).clear()
 
 
 class Checkpoints:

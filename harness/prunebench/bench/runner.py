@@ -42,7 +42,7 @@ from prunebench.targets import Target, parse_target
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
-from prunebench.toolkit.loading import load_model
+from prunebench.toolkit.loading import check_unchanged, load_model
 from prunebench.toolkit.memory import is_out_of_memory
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
@@ -90,6 +90,7 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
                 model = reloaded(request, model, outcome)
             chosen = replace(request, batch_size=outcome.batch_size)
             evaluate(chosen, model, progress, outcome.scores, outcome.kept, outcome.note)
+            _check_model(request)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
     except KeyboardInterrupt:
@@ -106,12 +107,14 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     Raises:
         Refused: a step declines; asked of all before the first starts.
         RunError: a step breaks the contract, or the result is not what the target says.
+        ModelError: the model is not the one in the spec.
     """
     registry = load_registry()
     pruners = [registry.pruner(parse_step(step.text)) for step in request.spec.steps]
     target = parse_target(request.spec.target)
     free = free_bytes(torch.device(request.device), request.memory)
     progress("load", 0, 1)
+    _check_model(request)
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
@@ -128,10 +131,16 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         outcome.current_step = request.spec.steps[index].text
         progress(f"step {outcome.current_step}", index, len(pruners))
         _next_step(work, registry, pruners[index], standing, outcome, progress)
+    _check_model(request)  # the dense weights were read from its files all the while
     outcome.steps[-1].notes.update(checkpoints.notes)
     outcome.current_step = None
     outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
     return model
+
+
+def _check_model(request: RunRequest) -> None:
+    """Raise a ModelError where the model is not the one in the spec any more: no record claims what was not measured."""
+    check_unchanged(request.model, request.spec.model.weights, request.spec.model.tokenizer)
 
 
 def _next_step(

@@ -26,7 +26,8 @@ from prunebench.bench.executors import Listener, failed_record
 from prunebench.bench.plan import RunRequest
 from prunebench.children import last_lines, start_server
 from prunebench.errors import RequestError, first_line
-from prunebench.results.journal import Journal, RunPage
+from prunebench.results.files import read_file
+from prunebench.results.journal import MAX_PAGE_BYTES, Journal, RunPage
 from prunebench.results.records import Failure, FailureKind, RunRecord
 from prunebench.results.store import ResultStore
 
@@ -184,7 +185,7 @@ class SlurmExecutor:
         """Tell how far the runs are whose pages are there."""
         for path in self._journal.folder.glob("*.json"):
             with suppress(OSError, ValueError, RecursionError):
-                page = RunPage.model_validate_json(path.read_bytes())
+                page = RunPage.model_validate_json(read_file(path, self._results, MAX_PAGE_BYTES))
                 submitted = self._submitted.get(page.id)
                 if submitted is None or not page.where or page.machine != submitted.request.machine:
                     continue

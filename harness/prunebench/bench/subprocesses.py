@@ -30,7 +30,7 @@ from prunebench.children import (
     last_lines,
     settle_in,
 )
-from prunebench.errors import RequestError
+from prunebench.errors import RequestError, StoreError
 from prunebench.results.journal import Journal
 from prunebench.results.records import Failure, RunRecord
 
@@ -67,7 +67,11 @@ class SubprocessExecutor:
         return len(self._free)
 
     def start(self, requests: Sequence[RunRequest]) -> None:
-        """Start a process for each."""
+        """Start a process for each.
+
+        Raises:
+            StoreError: its log cannot be written.
+        """
         for request in requests:
             lease = self._free.pop(0)
             log = self._journal.scratch(request.machine, request.spec.id, "log")
@@ -87,7 +91,7 @@ class SubprocessExecutor:
                 self._children.remove(child)
                 self._free.append(child.request.device)
                 log = child.read_log()
-                child.log.unlink(missing_ok=True)
+                child.remove_log()
                 listener.ended(child.request.spec.id, record, log)
 
     def close(self) -> None:
@@ -96,7 +100,7 @@ class SubprocessExecutor:
             child.process.terminate()
         for child in self._children:
             child.end()
-            child.log.unlink(missing_ok=True)
+            child.remove_log()
         self._children = []
 
 
@@ -108,8 +112,11 @@ class Child:
         self.shared = False
         """Another run was at work at the same time."""
         self._kills, self._started, self._looked, self._began = _out_of_memory_kills(), time.monotonic(), 0.0, False
-        log.unlink(missing_ok=True)
-        log.touch(mode=0o600)
+        try:
+            log.unlink(missing_ok=True)
+            log.touch(mode=0o600)
+        except OSError as error:
+            raise StoreError(f"the log of a run cannot be written to {log.parent}: {error.strerror}.") from None
         self.pipe, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_work, args=(theirs, request, str(log)), daemon=True)
         self.process.start()
@@ -154,6 +161,11 @@ class Child:
                 return file.read()
         except OSError:
             return b""
+
+    def remove_log(self) -> None:
+        """Its end is in the record's own; in a folder that became read-only it stays."""
+        with suppress(OSError):
+            self.log.unlink(missing_ok=True)
 
     def _beyond_limits(self) -> Failure | None:
         """Why the run has to be ended now, if it has."""

@@ -14,6 +14,7 @@ from prunebench.bench.executors import Executor
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import run_label
 from prunebench.children import POLL_SECONDS
+from prunebench.errors import StoreError, WriteError
 from prunebench.results.journal import Claim, Journal, SweepRun
 from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
@@ -101,7 +102,8 @@ def sweep(
         announce: say in the journal that a sweep is going on; False in a job that is a part of one.
 
     Raises:
-        StoreError: a record cannot be written; the runs that are at work are for the executor to end.
+        StoreError: the results folder cannot be written; nothing was started.
+        WriteError: it cannot be written any more; the runs that are at work are for the executor to end.
     """
     if not todo:
         return Summary()
@@ -153,6 +155,8 @@ class _Sweep:
                     self._executor.wait(self, POLL_SECONDS)
                 elif self._taken:
                     time.sleep(POLL_SECONDS)
+        except StoreError as error:  # it could be written when the sweep began
+            raise WriteError(str(error)) from None
         finally:
             for held in self._held.values():
                 if held.claim:
@@ -213,7 +217,8 @@ class _Sweep:
         held = self._held[run]
         path = None
         if not self._executor.keeps_records:
-            path = self._store.write(record, log)
+            kept = self._store.keep(record, log)
+            path, record = self._store.folder / kept.path, kept.record
             if record.status != "failed":
                 clear(held.request)
         del self._held[run]

@@ -54,18 +54,25 @@ def write_text(path: Path, text: str) -> None:
         raise StoreError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def write_aside(folder: Path, content: str | bytes) -> Path:
-    """Write a durable file under a passing name in `folder`, to be moved or linked into place; made if it is not there.
+def write_aside(folder: Path, content: str | bytes, *, prefix: str = "tmp", durable: bool = True) -> Path:
+    """Write a file under a passing name in `folder`, to be moved or linked into place; made if it is not there.
 
     Until it is whole only its owner may read it, and nobody can guess its name.
+
+    Args:
+        folder: where it will stay.
+        content: all of it.
+        prefix: how its name begins, by which whoever left it is known.
+        durable: wait until it is on the disk; for what is soon written anew that is too long.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("wb", dir=folder, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile("wb", dir=folder, prefix=prefix, suffix=".tmp", delete=False) as file:
         path = Path(file.name)
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             path.chmod(0o644)
         except BaseException:  # an interruption too
             path.unlink(missing_ok=True)

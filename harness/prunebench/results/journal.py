@@ -23,6 +23,7 @@ import filelock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunebench.errors import StoreError
+from prunebench.results.files import is_within, read_file, write_aside
 from prunebench.results.records import slug
 
 TELL_SECONDS = 1.0
@@ -92,6 +93,7 @@ class Claim:
 
     def __init__(self, lock: filelock.BaseFileLock, path: Path, page: RunPage | SweepPage) -> None:
         self._lock, self._path, self._page, self._told = lock, path, page, 0.0
+        _remove_unfinished(path)
         self._write()
 
     def tell(self, **changes: str | int) -> None:
@@ -113,10 +115,13 @@ class Claim:
     def _write(self) -> None:
         """A reader finds the earlier page or this one; on a full disk, the earlier one."""
         self._told = time.monotonic()
-        aside = self._path.with_suffix(".tmp")
         with suppress(OSError):
-            aside.write_text(self._page.model_dump_json(), encoding="utf-8")
-            aside.replace(self._path)
+            content = self._page.model_dump_json()
+            aside = write_aside(self._path.parent, content, prefix=f"{self._path.stem}.", durable=False)
+            try:
+                aside.replace(self._path)
+            except OSError:
+                aside.unlink(missing_ok=True)
 
 
 class Journal:
@@ -154,6 +159,7 @@ class Journal:
         assert claim is not None  # nobody else has such a name
         for path, entry in self._read("sweep-*.json", SweepPage):
             if not entry.alive and (entry.page.machine, entry.page.suite) == (machine, suite):
+                _remove_unfinished(path)
                 with suppress(OSError):
                     path.unlink()
                     path.with_suffix(".lock").unlink()
@@ -168,19 +174,35 @@ class Journal:
         return sorted((entry for _, entry in self._read("sweep-*.json", SweepPage)), key=lambda entry: entry.page.started)
 
     def scratch(self, machine: str, run_id: str, ending: str) -> Path:
-        """Where what belongs to a run at work is kept: its log, its checkpoint. The folder is there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Where what belongs to a run at work is kept: its log, its checkpoint. The folder is there.
+
+        Raises:
+            StoreError: the folder cannot be written.
+        """
+        self._make_folder()
         return self.folder / f"{run_stem(machine, run_id)}.{ending}"
 
-    def _claim(self, stem: str, page: RunPage | SweepPage) -> Claim | None:
+    def _make_folder(self) -> None:
+        """Raise a StoreError where it cannot be made, or is a link that leads out of the results."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        if not is_within(self.folder, self.folder.parent):
+            raise StoreError(f"the journal {self.folder} cannot be used: it is a link that leads out of the results folder.")
+
+    def _unwritable(self, error: OSError) -> StoreError:
+        return StoreError(f"the results folder {self.folder.parent} cannot be written: {error.strerror}.")
+
+    def _claim(self, stem: str, page: RunPage | SweepPage) -> Claim | None:
+        self._make_folder()
+        try:
             lock = filelock.FileLock(self.folder / f"{stem}.lock", mode=0o600)
             lock.acquire(timeout=0)
         except filelock.Timeout:
             return None
         except OSError as error:
-            raise StoreError(f"the results folder {self.folder.parent} cannot be written: {error.strerror}.") from None
+            raise self._unwritable(error) from None
         return Claim(lock, self.folder / f"{stem}.json", page)
 
     def _read(self, pattern: str, kind: type[Page]) -> Iterator[tuple[Path, Entry[Page]]]:
@@ -188,9 +210,8 @@ class Journal:
             if path.name.startswith("sweep-") != (kind is SweepPage):
                 continue
             with suppress(OSError, ValueError, RecursionError, ValidationError):
-                if path.stat().st_size <= MAX_PAGE_BYTES:
-                    page = kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
-                    yield path, Entry(page, self._is_held(path.with_suffix(".lock")))
+                page = kind.model_validate(json.loads(read_file(path, self.folder.parent, MAX_PAGE_BYTES)))
+                yield path, Entry(page, self._is_held(path.with_suffix(".lock")))
 
     @staticmethod
     def _is_held(path: Path) -> bool:
@@ -203,6 +224,13 @@ class Journal:
             return False
         lock.release()
         return False
+
+
+def _remove_unfinished(page: Path) -> None:
+    """Remove what a killed process left of a page that it was writing; for whoever has its lock, or outlived who had."""
+    for aside in page.parent.glob(f"{page.stem}.*.tmp"):
+        with suppress(OSError):
+            aside.unlink()
 
 
 def run_stem(machine: str, run_id: str) -> str:

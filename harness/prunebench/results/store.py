@@ -117,9 +117,16 @@ class ResultStore:
         return sorted(found, key=_attempt)
 
     def write(self, record: RunRecord, log: bytes = b"") -> Path:
+        """Write a record, and give its file; see `keep`."""
+        return self.folder / self.keep(record, log).path
+
+    def keep(self, record: RunRecord, log: bytes = b"") -> Stored:
         """Write a record under a name that nothing has yet, and what its process wrote beside it, as `….log`.
 
         Of a record that would be too large to be read again there remains that it failed, and why.
+
+        Returns:
+            What is in the file.
 
         Raises:
             WriteError: it cannot be written.
@@ -144,7 +151,7 @@ class ResultStore:
         if log:
             with suppress(OSError):  # the record is safe, and says the most important of it
                 write_aside(folder, log).replace(path.with_suffix(".log"))
-        return path
+        return Stored(path.relative_to(self.folder).as_posix(), record)
 
     def items(self, record: RunRecord, score: ScoreRecord) -> Columns:
         """A score's raw answers as columns, from the record or from the file beside it.

@@ -126,14 +126,43 @@ def identify(source: ModelSource) -> ModelIdentity:
             load_adapters(find_anatomy(shell), folder)  # what fits a model without weights fits the model
         except Refused as refusal:
             raise ModelError(f"the adapter of {source.name} cannot be used: {refusal}") from None
-    settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
     return ModelIdentity(
-        weights=digest([settings, *(digest_file(path) for path in [*weights, *adapter])]),
-        tokenizer_hash=digest(digest_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()),
+        weights=_weights_hash(config, [*weights, *adapter]),
+        tokenizer_hash=_tokenizer_hash(folder),
         config=config,
         tokenizer=tokenizer,
         attention=str(shell.config._attn_implementation),
     )
+
+
+def check_unchanged(source: ModelSource, weights: str, tokenizer: str) -> None:
+    """Find out whether a model is still the one that was identified, by the hashes of then.
+
+    Files that nobody touched are not read again, so that it costs milliseconds.
+
+    Raises:
+        ModelError: it is another, or is gone.
+    """
+    folder = source.folder
+    files = [*weight_files(folder, source.name, source.allowed), *adapter_files(folder)]
+    trust = trusts_code(folder, source.name, source.allowed)
+    with _readable(source):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    if (_weights_hash(config, files), _tokenizer_hash(folder)) != (weights, tokenizer):
+        raise ModelError(
+            f"{source.name} is not the model any more that this run was planned for: its files were changed meanwhile. "
+            "Run the same command again to measure what is there now."
+        )
+
+
+def _weights_hash(config: PretrainedConfig, files: Iterable[Path]) -> str:
+    """Of the settings, and of the files of weights and adapters."""
+    settings = json.dumps(_without_paths(config.to_dict()), sort_keys=True, default=str)
+    return digest([settings, *(digest_file(path) for path in files)])
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    return digest(digest_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
 @dataclass(frozen=True)

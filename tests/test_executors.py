@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,6 @@ class Silent:
         self.seen: list[tuple[str, int, int]] = []
         self.ended: list[tuple[int, bytes]] = []
 
-    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None: ...
-
     def run_began(self, number: int, request: RunRequest, where: str) -> None: ...
 
     def progress(self, number: int, what: str, done: int, total: int) -> None:
@@ -164,6 +162,8 @@ class Silent:
         self.ended.append((number, log))
 
     def run_taken(self, number: int, request: RunRequest) -> None: ...
+
+    def run_done_elsewhere(self, number: int) -> None: ...
 
 
 def swept_one(executor: Executor, request: RunRequest, folder: Path) -> RunRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from prunebench.results.records import RunRecord, RunSpec
 from prunebench.results.store import ResultStore
 
 SPECS = [make_spec(f"wanda[x={number}]") for number in range(6)]
-LATER, EARLIER = ((datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds") for hours in (1, -1))
 
 
 @pytest.fixture
@@ -28,15 +26,19 @@ def store(tmp_path: Path) -> ResultStore:
 
 @pytest.fixture
 def announced(store: ResultStore) -> Iterator[Claim]:
-    """A sweep of six runs, of which each is expected to take 100 seconds."""
-    runs = [SweepRun(id=spec.id, label=f"run {number}", predicted_seconds=100.0) for number, spec in enumerate(SPECS)]
+    """A sweep of six runs, of which each is expected to take 100 seconds; the fourth failed before."""
+    store.write(record(SPECS[3], "failed"))
+    runs = [
+        SweepRun(id=spec.id, label=f"run {number}", predicted_seconds=100.0, records=int(number == 3))
+        for number, spec in enumerate(SPECS)
+    ]
     claim = Journal(store.folder).announce("box", "prunebench run small", "small", 2, 3, runs)
     yield claim
     claim.release()
 
 
-def record(spec: RunSpec, status: str = "ok", started: str = LATER, seconds: float = 150.0) -> RunRecord:
-    made = make_record(spec, status=status, reason="no." if status != "ok" else None, started=started)
+def record(spec: RunSpec, status: str = "ok", seconds: float = 150.0) -> RunRecord:
+    made = make_record(spec, status=status, reason="no." if status != "ok" else None)
     return made.model_copy(update={"provenance": made.provenance.model_copy(update={"seconds": seconds})})
 
 
@@ -47,8 +49,9 @@ def at_work(store: ResultStore, spec: RunSpec, machine: str = "box") -> Claim:
 
 
 def test_runs_are_counted_once(store: ResultStore, announced: Claim) -> None:
-    for number, (ending, started) in enumerate([("ok", LATER), ("refused", EARLIER), ("failed", LATER), ("failed", EARLIER)]):
-        store.write(record(SPECS[number], ending, started))
+    """By the number of their records, not by clocks, which differ."""
+    for number, ending in enumerate(["ok", "refused", "failed"]):
+        store.write(record(SPECS[number], ending))
     claim = at_work(store, SPECS[4])
     (sweep,) = status(store).sweeps
     assert sweep.alive
@@ -80,6 +83,43 @@ def test_records_and_runs_of_other_machines_do_not_count(store: ResultStore, ann
     assert (found.sweeps[0].done, found.sweeps[0].running, found.sweeps[0].left) == (0, [], 6)
     assert [run.id for run in found.others] == [SPECS[1].id], "which belongs to a command that has ended"
     claim.release()
+
+
+def test_runs_of_a_dead_sweep_that_are_at_work_are_shown(store: ResultStore) -> None:
+    """Slurm's jobs go on when the command that submitted them dies."""
+    claim = Journal(store.folder).announce("box", "prunebench run x", "small", 1, 0, [SweepRun(id=SPECS[0].id, label="a run")])
+    claim._lock.release()
+    job = at_work(store, SPECS[0])
+    found = status(store)
+    assert [run.id for run in found.others] == [SPECS[0].id]
+    store.write(record(SPECS[0]))
+    job._lock.release()  # killed between its record and the end
+    found = status(store)
+    assert (found.sweeps, found.others, found.abandoned) == ([], [], []), "nothing is left to do"
+
+
+def test_a_lock_that_may_not_be_looked_at_is_held(store: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = at_work(store, SPECS[0])
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    assert [run.id for run in status(store).others] == [SPECS[0].id]
+    monkeypatch.undo()
+    claim.release()
+
+
+@pytest.mark.parametrize(
+    "damage", [("started", "yesterday"), ("started", "2026-01-01T00:00:00"), ("predicted_seconds", float("inf"))]
+)
+def test_damaged_pages_are_passed_over(store: ResultStore, announced: Claim, damage: tuple[str, object]) -> None:
+    (path,) = Journal(store.folder).folder.glob("sweep-*.json")
+    page = json.loads(path.read_text())
+    key, value = damage
+    (page["runs"][0] if key == "predicted_seconds" else page)[key] = value
+    path.write_text(json.dumps(page))
+    assert status(store).sweeps == []
 
 
 def test_a_new_sweep_takes_the_place_of_a_dead_one(store: ResultStore) -> None:

@@ -75,9 +75,6 @@ class Watcher:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
-        self.calls.append(("started", len(todo), settled, jobs))
-
     def run_began(self, number: int, request: RunRequest, where: str) -> None:
         self.calls.append(("run_began", number, request.spec.method, where))
 
@@ -89,6 +86,9 @@ class Watcher:
 
     def run_taken(self, number: int, request: RunRequest) -> None:
         self.calls.append(("run_taken", number, request.spec.method))
+
+    def run_done_elsewhere(self, number: int) -> None:
+        self.calls.append(("run_done_elsewhere", number))
 
 
 @pytest.fixture
@@ -259,7 +259,50 @@ def test_a_run_that_another_holds_is_taken_as_done(requests: list[RunRequest], s
     assert watcher.calls[0] == ("run_taken", 1, "dense")
     assert [call[0] for call in watcher.calls].count("run_taken") == 1, "told once, however often it is looked at"
     assert summary.elsewhere == 1
+    assert watcher.calls[-1] == ("run_done_elsewhere", 1)
     assert len(files(store)) == 4
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("again", [False, True])
+def test_what_failed_in_another_command_is_not_done_at_once_again(
+    again: bool, requests: list[RunRequest], store: ResultStore
+) -> None:
+    """Neither where it was waited for, nor where this command came to it later; asked for again, both are done once."""
+    if again:
+        do(requests, store)
+    claim = held(store, requests[0])
+
+    def end() -> None:
+        for request in requests[:2]:
+            store.write(Scripted(dense="failed", magnitude="failed").record(request))
+        claim.release()
+
+    executor = Meanwhile(end)
+    summary = sweep([requests[0], requests[3], requests[1]], store, executor, Watcher(), again=again)
+    assert executor.done == ["wanda"]
+    assert summary.elsewhere == 2
+
+
+@pytest.mark.usefixtures("impatient")
+def test_asked_for_again_a_run_that_another_gave_up_is_done_here(requests: list[RunRequest], store: ResultStore) -> None:
+    """Its old record does not count."""
+    do(requests, store)
+    executor = Meanwhile(held(store, requests[0]).release)
+    sweep(requests, store, executor, Watcher(), again=True)
+    assert executor.done == ["magnitude", "random", "wanda", "dense"]
+
+
+def test_runs_are_ended_before_their_claims_are_let_go(requests: list[RunRequest], store: ResultStore) -> None:
+    free = []
+
+    class Ending(Scripted):
+        def close(self) -> None:
+            free.append(Journal(store.folder).claim("here", requests[0].spec.id, "a rival"))
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(requests, store, Ending(dense="interrupted"), Watcher(), again=False)
+    assert free == [None]
 
 
 @pytest.mark.usefixtures("impatient")

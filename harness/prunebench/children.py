@@ -52,7 +52,10 @@ def ended_by(exitcode: int | None) -> str | None:
 
 def last_lines(log: Path) -> str:
     """What a child wrote last, as the end of a sentence; nothing where it was silent."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    except OSError:  # somebody has removed it
+        return ""
     return f" Its last lines: {' | '.join(line.strip() for line in lines if line.strip())}" if lines else ""
 
 

@@ -38,7 +38,7 @@ class SweepDisplay:
         self._left: dict[int, RunRequest] = {}
         self._began: dict[int, float] = {}
         self._ended: list[tuple[float | None, float]] = []
-        self._total, self._jobs = 0, 1
+        self._total, self._jobs, self._most = 0, 1, 0
 
     def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
         """Say what is to do, and start the display."""
@@ -61,6 +61,7 @@ class SweepDisplay:
     def run_began(self, number: int, request: RunRequest, where: str) -> None:
         """A line for the run, for as long as it is at work; a run whose worker died may begin again."""
         self._began[number] = time.monotonic()
+        self._most = max(self._most, len(self._began.keys() & self._left.keys()))
         if self._live and number not in self._lines and len(self._lines) < MOST_LINES:
             on = f" on {where}" if "," in where else ""  # one of several devices or nodes
             description = escape(f"{number:>3} {run_label(request.spec)[:48]}{on}")
@@ -87,7 +88,7 @@ class SweepDisplay:
             self._live.remove_task(self._lines.pop(number))
             self._show_overall()
         self._console.print(f"[{number:>3}/{self._total}]".replace("[", "\\["), self._line(record, seconds), highlight=False)
-        if record.failure and record.failure.kind == "error" and log:
+        if record.failure and log and "Its last lines: " not in record.failure.message:
             for line in log.decode(errors="replace").splitlines()[-LOG_LINES:]:
                 self._console.print(f"          {escape(line)}", style="dim", highlight=False)
             if path is not None:
@@ -96,6 +97,10 @@ class SweepDisplay:
     def run_taken(self, number: int, request: RunRequest) -> None:
         """Say that another command has the run."""
         self._console.print(f"\\[{number:>3}/{self._total}] {escape(run_label(request.spec))}: running in another command")
+
+    def run_done_elsewhere(self, number: int) -> None:
+        """It is no longer to do."""
+        del self._left[number]
 
     def close(self) -> None:
         """End the live display."""
@@ -109,8 +114,8 @@ class SweepDisplay:
 
     def _show_overall(self) -> None:
         if self._live and self._overall is not None:
-            state = f"{len(self._ended)} of {self._total}{self._remaining()}"
-            self._live.update(self._overall, completed=len(self._ended), state=state)
+            done = self._total - len(self._left)
+            self._live.update(self._overall, completed=done, state=f"{done} of {self._total}{self._remaining()}")
 
     def _line(self, record: RunRecord, seconds: float) -> str:
         found = ", ".join(f"{name} {number(score.value)}" for name, score in record.scores.items())
@@ -125,7 +130,7 @@ class SweepDisplay:
             (request.predicted.seconds if request.predicted else None, now - self._began.get(number, now))
             for number, request in self._left.items()
         ]
-        seconds = seconds_left(self._ended, left, self._jobs) if self._ended else None
+        seconds = seconds_left(self._ended, left, self._most or self._jobs) if self._ended else None
         if not seconds:
             return ""
         return f", about {duration_text(seconds)} left"

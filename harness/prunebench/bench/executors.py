@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -137,6 +138,7 @@ def failed_record(request: RunRequest, failure: Failure, executor: str, started:
     from prunebench.bench.runner import Outcome, make_record
 
     message = portable(failure.message)[:LONGEST_MESSAGE]
-    outcome = Outcome()
-    outcome.clock -= time.monotonic() - started
+    outcome, seconds = Outcome(), time.monotonic() - started
+    outcome.clock -= seconds
+    outcome.started -= timedelta(seconds=seconds)
     return make_record(request, outcome, executor, failure=failure.model_copy(update={"message": message}))

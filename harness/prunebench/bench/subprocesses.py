@@ -237,9 +237,15 @@ def _explain_death(exitcode: int | None, out_of_memory: bool, log: Path) -> Fail
 def _out_of_memory_kills() -> int:
     """How often the kernel killed for want of memory in this control group; 0 where it does not say."""
     with suppress(OSError, ValueError):
-        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+        for group in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = group.split(":", 2)
+            if controllers in ("", "memory"):  # version 2, or 1
+                folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+                for name in ("memory.events", "memory.oom_control"):
+                    with suppress(OSError):
+                        counts = dict(line.split() for line in (folder / name).read_text(encoding="ascii").splitlines())
+                        if "oom_kill" in counts:
+                            return int(counts["oom_kill"])
     return 0
 
 

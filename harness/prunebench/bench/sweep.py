@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -23,11 +23,12 @@ LOOK_AGAIN_SECONDS = 1.0
 """Between two looks at the runs that other commands have."""
 
 
+PARTS = ("step ", "eval ", "load", "audit")
+"""How progress begins that names a part of a run; the rest counts within a part."""
+
+
 class Watcher(Protocol):
     """Shows a sweep to its user. Runs are named by their numbers, from 1 on."""
-
-    def started(self, todo: Sequence[RunRequest], settled: int, jobs: int) -> None:
-        """The sweep begins: these runs are to do, so many at a time; so many were found done."""
 
     def run_began(self, number: int, request: RunRequest, where: str) -> None:
         """A run left the queue."""
@@ -40,6 +41,9 @@ class Watcher(Protocol):
 
     def run_taken(self, number: int, request: RunRequest) -> None:
         """Another command has this run; it is looked at again."""
+
+    def run_done_elsewhere(self, number: int) -> None:
+        """Another command did this run since the sweep began."""
 
 
 @dataclass
@@ -95,7 +99,7 @@ def sweep(
     Args:
         todo: the runs.
         store: where their records go.
-        executor: does them; whoever made it closes it.
+        executor: does them; whoever made it closes it, and an error or an interruption does too.
         watcher: is told.
         again: do also those that were settled since.
         settled: how many were found done before, for those who ask what is going on.
@@ -112,6 +116,7 @@ def sweep(
             id=request.spec.id,
             label=run_label(request.spec),
             predicted_seconds=request.predicted.seconds if request.predicted else None,
+            records=len(store.names_of_run(request.machine, request.spec.id)),
         )
         for request in todo
     ]
@@ -142,6 +147,7 @@ class _Sweep:
         self._store, self._journal = store, Journal(store.folder)
         self._executor, self._watcher, self._again = executor, watcher, again
         self._queue = deque(enumerate(todo, start=1))
+        self._before = {request.spec.id: store.names_of_run(request.machine, request.spec.id) for request in todo}
         self._taken: list[tuple[int, RunRequest]] = []
         self._looked = time.monotonic()
         self._held: dict[str, _Held] = {}
@@ -158,6 +164,8 @@ class _Sweep:
         except StoreError as error:  # it could be written when the sweep began
             raise WriteError(str(error)) from None
         finally:
+            if self._held:  # the runs first, then their claims: nobody may begin one that is still alive
+                self._executor.close()
             for held in self._held.values():
                 if held.claim:
                     held.claim.release()
@@ -169,27 +177,36 @@ class _Sweep:
             self._hand_over([(number, request, None) for number, request in self._queue])
             self._queue.clear()
         while self._queue and self._executor.room():
-            self._attempt(*self._queue.popleft(), again=self._again, told=False)
+            self._attempt(*self._queue.popleft(), told=False)
         if self._taken and time.monotonic() - self._looked > LOOK_AGAIN_SECONDS:
             self._looked, taken, self._taken = time.monotonic(), self._taken, []
             for number, request in taken:
                 if self._executor.room():
-                    self._attempt(number, request, again=False, told=True)
+                    self._attempt(number, request, told=True)
                 else:
                     self._taken.append((number, request))
 
-    def _attempt(self, number: int, request: RunRequest, *, again: bool, told: bool) -> None:
+    def _attempt(self, number: int, request: RunRequest, *, told: bool) -> None:
         """Begin a run under its claim, unless another command has it or did it."""
         claim = self._journal.claim(request.machine, request.spec.id, run_label(request.spec))
         if claim is None:
             self._taken.append((number, request))
             if not told:
                 self._watcher.run_taken(number, request)
-        elif not again and self._store.is_settled(request.machine, request.spec.id):
+        elif self._is_done_elsewhere(request):
             claim.release()
             self._summary.elsewhere += 1
+            self._watcher.run_done_elsewhere(number)
         else:
             self._hand_over([(number, request, claim)])
+
+    def _is_done_elsewhere(self, request: RunRequest) -> bool:
+        """Another command came to a record of it, be it a failure, since this sweep began; or it was settled before, if that
+        is enough."""
+        machine, run = request.machine, request.spec.id
+        if self._store.names_of_run(machine, run) - self._before[run]:
+            return True
+        return not self._again and self._store.is_settled(machine, run)
 
     def _hand_over(self, runs: list[tuple[int, RunRequest, Claim | None]]) -> None:
         for number, request, claim in runs:
@@ -226,7 +243,3 @@ class _Sweep:
             held.claim.release()
         self._summary.records.append(record)
         self._watcher.run_ended(held.number, record, time.monotonic() - held.began, log, path)
-
-
-PARTS = ("step ", "eval ", "load", "audit")
-"""How progress begins that names a part of a run; the rest counts within a part."""

@@ -152,7 +152,7 @@ def _limited(
             timeout=timeout or request.timeout,
             memory=memory and memory * (1 << 30),
             checkpoint_every=checkpoint_every,
-            checkpoints=str(journal.scratch(request.machine, request.spec.id, "checkpoint")) if checkpoint_every else None,
+            checkpoints=str(journal.scratch(request.machine, request.spec.id, "checkpoint")),
         )
         for request in requests
     ]
@@ -233,6 +233,8 @@ def _show_scripts(executor: Executor, requests: list[RunRequest]) -> None:
     from prunebench.bench.slurm_executor import SlurmExecutor
 
     assert isinstance(executor, SlurmExecutor)
+    if not requests:
+        terminal.print("\nNothing would be submitted now: nothing is to do, or what it needs has to be downloaded first.")
     for script in executor.batch_scripts(requests):
         terminal.print("\nWould be submitted:")
         typer.echo(script)

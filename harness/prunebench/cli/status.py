@@ -32,7 +32,7 @@ def status(
 
     found = found_in(open_store(results))
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1, default=lambda page: page.model_dump()))
+        typer.echo(json.dumps(asdict(found), indent=1, default=lambda page: page.model_dump(mode="json")))
         return
     if not (found.sweeps or found.others or found.abandoned):
         terminal.print(f"Nothing is running in {escape(str(results))}.")
@@ -78,12 +78,8 @@ def _print_run(run: RunPage) -> None:
     )
 
 
-def _since(started: str) -> str:
-    try:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()
-    except (ValueError, TypeError):
-        return f"since {started}"
-    return f"for {_duration(seconds)}"
+def _since(started: datetime) -> str:
+    return f"for {_duration((datetime.now(UTC) - started).total_seconds())}"
 
 
 def _duration(seconds: float) -> str:

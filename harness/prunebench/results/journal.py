@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import filelock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from prunebench.errors import StoreError
 from prunebench.results.files import is_within, read_file, write_aside
@@ -33,12 +33,11 @@ MAX_PAGE_BYTES = 8 << 20
 
 
 class _Page(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     machine: str
     process: int
-    started: str
-    """UTC, ISO 8601."""
+    started: AwareDatetime
 
 
 class RunPage(_Page):
@@ -59,11 +58,13 @@ class RunPage(_Page):
 class SweepRun(BaseModel):
     """A run that a sweep is to do."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     id: str
     label: str
     predicted_seconds: float | None = None
+    records: int = 0
+    """How many there were of it when the sweep began."""
 
 
 class SweepPage(_Page):
@@ -174,12 +175,7 @@ class Journal:
         return sorted((entry for _, entry in self._read("sweep-*.json", SweepPage)), key=lambda entry: entry.page.started)
 
     def scratch(self, machine: str, run_id: str, ending: str) -> Path:
-        """Where what belongs to a run at work is kept: its log, its checkpoint. The folder is there.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
-        self._make_folder()
+        """Where what belongs to a run at work is kept: its log, its checkpoint. The folder is there once a run was claimed."""
         return self.folder / f"{run_stem(machine, run_id)}.{ending}"
 
     def _make_folder(self) -> None:
@@ -215,13 +211,14 @@ class Journal:
 
     @staticmethod
     def _is_held(path: Path) -> bool:
+        """Whether somebody has the lock; also where it is somebody else's and may not be looked at."""
+        if not path.exists():
+            return False
         lock = filelock.FileLock(path, mode=0o600)
         try:
             lock.acquire(timeout=0)
-        except filelock.Timeout:
+        except (filelock.Timeout, OSError):
             return True
-        except OSError:
-            return False
         lock.release()
         return False
 
@@ -238,9 +235,9 @@ def run_stem(machine: str, run_id: str) -> str:
     return f"{slug(machine)}-{slug(run_id)}"
 
 
-def now() -> str:
-    """UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def now() -> datetime:
+    """UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def seconds_left(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -44,41 +44,50 @@ def status(store: ResultStore) -> Status:
     """What goes on in a results folder."""
     journal = Journal(store.folder)
     runs, sweeps = journal.runs(), journal.sweeps()
-    records = {(stored.record.machine, stored.record.id): stored.record for stored in store.latest()}
+    records: dict[tuple[str, str], list[RunRecord]] = {}
+    for stored in store.all():
+        records.setdefault((stored.record.machine, stored.record.id), []).append(stored.record)
     running = [entry.page for entry in runs if entry.alive]
-    swept = {(sweep.page.machine, run.id) for sweep in sweeps for run in sweep.page.runs}
+    states = [_state(entry, running, records) for entry in sweeps]
+    swept = {(state.page.machine, run.id) for state in states if state.alive for run in state.page.runs}
+    settled = {key for key, found in records.items() if any(record.status != "failed" for record in found)}
     return Status(
-        sweeps=[_state(entry, running, records) for entry in sweeps],
+        sweeps=[state for state in states if state.alive or state.left],
         others=[page for page in running if (page.machine, page.id) not in swept],
-        abandoned=[entry.page for entry in runs if not entry.alive],
+        # A page whose run is settled was left by a process that died just after it had written the record.
+        abandoned=[entry.page for entry in runs if not entry.alive and (entry.page.machine, entry.page.id) not in settled],
     )
 
 
-def _state(entry: Entry[SweepPage], running: Sequence[RunPage], records: dict[tuple[str, str], RunRecord]) -> SweepState:
+def _state(
+    entry: Entry[SweepPage], running: Sequence[RunPage], records: Mapping[tuple[str, str], Sequence[RunRecord]]
+) -> SweepState:
     page = entry.page
     ids = {run.id for run in page.runs}
-    found = {run.id: records[page.machine, run.id] for run in page.runs if (page.machine, run.id) in records}
-    done = {run_id for run_id, record in found.items() if record.status != "failed"}
-    failed = {run_id for run_id, record in found.items() if run_id not in done and record.provenance.started >= page.started}
     at_work = {run.id: run for run in running if run.machine == page.machine and run.id in ids} if entry.alive else {}
-    ended = (done | failed) - at_work.keys()
-    times, left = [], []
+    ended: list[RunRecord] = []
+    times: list[tuple[float | None, float]] = []
+    left: list[tuple[float | None, float]] = []
     for run in page.runs:
-        if run.id in ended:
-            times.append((run.predicted_seconds, found[run.id].provenance.seconds))
+        found = records.get((page.machine, run.id), ())
+        if run.id in at_work:
+            left.append((run.predicted_seconds, _seconds_since(at_work[run.id].started)))
+        elif len(found) > run.records:  # by number, because clocks of machines differ, and a resumed run began long ago
+            ended.append(found[-1])
+            times.append((run.predicted_seconds, found[-1].provenance.seconds))
         else:
-            spent = _seconds_since(at_work[run.id].started) if run.id in at_work else 0.0
-            left.append((run.predicted_seconds, spent))
+            left.append((run.predicted_seconds, 0.0))
+    failed = sum(record.status == "failed" for record in ended)
     return SweepState(
         page=page,
         alive=entry.alive,
         running=list(at_work.values()),
-        done=len(done - at_work.keys()),
-        failed=len(failed - at_work.keys()),
+        done=len(ended) - failed,
+        failed=failed,
         left=len(left),
-        seconds_left=seconds_left(times, left, page.jobs),
+        seconds_left=seconds_left(times, left, len(at_work) or page.jobs),
     )
 
 
-def _seconds_since(started: str) -> float:
-    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds())
+def _seconds_since(started: datetime) -> float:
+    return max(0.0, (datetime.now(UTC) - started).total_seconds())

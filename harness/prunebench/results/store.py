@@ -116,6 +116,10 @@ class ResultStore:
                 found.append(Stored(path.relative_to(self.folder).as_posix(), record))
         return sorted(found, key=_attempt)
 
+    def names_of_run(self, machine: str, run_id: str) -> frozenset[str]:
+        """The names of the files that bear a run's id; none is read."""
+        return frozenset(path.name for path in self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json"))
+
     def write(self, record: RunRecord, log: bytes = b"") -> Path:
         """Write a record, and give its file; see `keep`."""
         return self.folder / self.keep(record, log).path

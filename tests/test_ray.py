@@ -18,10 +18,11 @@ import pytest
 from support import Bench, cases, install_plugin, python_path, start_command
 from test_executors import HOSTILE, alive, wait_for
 
-from prunebench.bench import ray_executor
+from prunebench.bench import ray_executor, ray_worker
 from prunebench.bench.executors import InlineExecutor
 from prunebench.bench.plan import RunRequest, RunResources
-from prunebench.bench.ray_executor import Mailbox, RayExecutor, Task, explained, watch_memory
+from prunebench.bench.ray_executor import RayExecutor, Task, explained
+from prunebench.bench.ray_worker import Mailbox, watch_memory
 from prunebench.errors import RequestError
 from prunebench.plugins import load_registry
 from prunebench.results.records import RunRecord
@@ -37,6 +38,7 @@ class Heard:
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     subjects: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     records: dict[str, RunRecord] = dataclasses.field(default_factory=dict)
+    logs: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     def began(self, run: str, where: str) -> None:
         self.places.setdefault(run, []).append(where)
@@ -46,7 +48,7 @@ class Heard:
 
     def ended(self, run: str, record: RunRecord, log: bytes = b"") -> None:
         assert run not in self.records
-        self.records[run] = record
+        self.records[run], self.logs[run] = record, log
 
 
 @dataclasses.dataclass
@@ -59,6 +61,8 @@ class Done:
     """Runs that Ray had at a time."""
     killed: int
     """The worker that was killed from outside."""
+    lives: list[bool]
+    """What the node says of a process that is there, and of one that is not; and a node that is not there."""
     left: list[int]
     folder: Path | None
 
@@ -81,6 +85,7 @@ def done(plugin: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -
         "hurt": f"hostile[how=wait,mark={mark}]",
         "kill": "hostile[how=kill]",
         "late": "hostile[how=sleep]",
+        "raise": "hostile[how=raise]",
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", python_path(plugin))
@@ -102,13 +107,16 @@ def done(plugin: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -
                 mark.with_suffix(".go").touch()
         session = [child.pid for child in psutil.Process().children(recursive=True) if "ray" in " ".join(child.cmdline())]
         assert session
+        node, places = executor._ray.get_runtime_context().get_node_id(), ((os.getpid(), None), (killed, None), (1, "f" * 56))
+        asked = [Task(requests["late"], None, node=other or node, process=process) for process, other in places]
+        lives = [executor._lives(task) for task in asked]
         temporary = executor._folder
         executor.close()
     load_registry.cache_clear()
     end = time.monotonic() + 15
     while any(map(alive, session)) and time.monotonic() < end:
         time.sleep(0.1)
-    return Done(heard, requests, most, killed, [pid for pid in session if alive(pid)], temporary)
+    return Done(heard, requests, most, killed, lives, [pid for pid in session if alive(pid)], temporary)
 
 
 @pytest.mark.slow
@@ -139,7 +147,7 @@ class TestOneRay:
         assert record.failure is not None
         assert (record.failure.kind, record.failure.type) == ("killed", "WorkerCrashedError")
         assert record.failure.message.startswith(
-            "the run was begun 3 times, and its worker died each time. Ray says: The worker died"
+            "the run's worker died, and so did those of 2 further attempts. Ray says: The worker died"
         )
         assert len(set(done.heard.places[record.id])) == 3, "each in a process of its own"
 
@@ -153,6 +161,16 @@ class TestOneRay:
         )
         assert 1.5 <= record.provenance.seconds < 15
         assert len(done.heard.places[record.id]) == 1, "Ray does not try it again"
+
+    def test_a_node_knows_which_of_its_processes_live(self, done: Done) -> None:
+        assert done.lives == [True, False, False]
+
+    def test_what_a_failed_run_raised_is_in_its_log(self, done: Done) -> None:
+        record = done.record("raise")
+        assert record.reason == "only an error"
+        log = done.heard.logs[record.id].decode()
+        assert log.startswith("the run failed\nTraceback (most recent call last):\n")
+        assert log.endswith("ValueError: only an error\n")
 
     def test_no_more_than_asked_for_at_a_time(self, done: Done) -> None:
         assert done.most == 2
@@ -237,9 +255,24 @@ def test_a_run_books_no_more_cores_than_this_machine_has(bench: Bench, tmp_path:
     here._ray = there._ray = Pretended(CPU=2.0)
     assert here._needs(request) == {"CPU": 2, "GPU": 0, "memory": 3}
     assert there._needs(request) == {"CPU": 64, "GPU": 0, "memory": 3}
-    greedy = dataclasses.replace(request, resources=RunResources(gpus=2))
+
+
+@needs_ray
+def test_what_all_runs_need_is_asked_before_the_first(bench: Bench, tmp_path: Path) -> None:
+    modest, greedy = bench.requests(tmp_path, "magnitude", "wanda")
+    greedy = dataclasses.replace(greedy, resources=RunResources(gpus=2))
+    here = RayExecutor(1)
+    here._ray = Pretended(CPU=2.0)
+    here.check([modest])
     with pytest.raises(RequestError, match=r"^a run asks for 2 GPUs, and this machine has 0\.$"):
-        here._needs(greedy)
+        here.check([modest, greedy])
+
+
+def test_nothing_to_do_starts_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_executor, "is_installed", lambda: True)
+    executor = RayExecutor(1)
+    executor.check([])
+    assert executor._ray is None
 
 
 def ray_error(name: str, *arguments: Any) -> Exception:
@@ -257,7 +290,8 @@ ERRORS = {
         "oom",
         "node was out of memory. Ray says: low on memory on the",
     ),
-    "node": (("NodeDiedError", "gone"), "killed", "begun 2 times, and its worker died each time. Ray says: gone"),
+    "node": (("NodeDiedError", "gone"), "killed", "and so did those of 2 further attempts. Ray says: gone"),
+    "other": (("RuntimeEnvSetupError", "no space"), "killed", "Ray gave the run up. Ray says: Failed to set up"),
     "import": (
         ("RayTaskError", "work", "Traceback …", ModuleNotFoundError(NO_MODULE)),
         "error",
@@ -269,7 +303,7 @@ ERRORS = {
 @needs_ray
 @pytest.mark.parametrize(("error", "kind", "said"), cases(ERRORS))
 def test_why_a_task_came_to_nothing(error: tuple[Any, ...], kind: str, said: str) -> None:
-    failure = explained(ray_error(*error), 2)
+    failure = explained(ray_error(*error))
     assert failure.kind == kind
     assert failure.type == (error[0] if kind != "error" else "ModuleNotFoundError")
     assert said in failure.message
@@ -286,7 +320,7 @@ def test_the_mailbox_gives_each_letter_once() -> None:
 def test_a_run_beyond_its_memory_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     used = iter([1 << 20, 2 << 30, 3 << 30])
     monkeypatch.setattr("prunebench.bench.subprocesses.used_bytes", lambda process: next(used))
-    monkeypatch.setattr(ray_executor, "MEMORY_SECONDS", 0)
+    monkeypatch.setattr(ray_worker, "MEMORY_SECONDS", 0)
     letters: list[Any] = []
     watch_memory(1.5 * (1 << 30), letters.append)
     assert letters == [("beyond", ("the run used more memory than its limit of 1.5 GiB.",))]
@@ -311,6 +345,36 @@ def test_a_run_that_says_it_is_beyond_its_memory_is_ended(bench: Bench, tmp_path
     assert (failure.kind, failure.message, cancelled) == ("oom", "too much.", [("reference", True)])
 
 
+@needs_ray
+@pytest.mark.parametrize("lives", [True, False])
+def test_only_a_run_at_work_is_late(lives: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose worker died waits for another, however long."""
+    [request] = bench.requests(tmp_path, "magnitude")
+    request = dataclasses.replace(request, timeout=5.0)
+    executor, heard = with_tasks({}, request, 1, 0, 0), Heard()
+    task = executor._tasks[request.spec.id] = Task(request, "reference", began=time.monotonic() - 6.0)
+    letters: list[Any] = []
+    executor._ray = SimpleNamespace(
+        exceptions=SimpleNamespace(RayError=OSError),
+        wait=lambda references, **options: ([], references),
+        get=lambda asked: [letters.pop() for _ in letters],
+        cancel=lambda reference, force: None,
+    )
+    executor._mailbox = SimpleNamespace(take=SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(RayExecutor, "_lives", lambda self, task: lives)
+    executor.wait(heard, 0)
+    if lives:
+        assert [record.failure.kind for record in heard.records.values() if record.failure] == ["timeout"]
+        return
+    assert heard.records == {}
+    executor.wait(heard, 0)
+    assert task.began is None
+    letters.append((request.spec.id, "began", ("node", 7, "there, process 7")))
+    executor.wait(heard, 0)
+    assert (heard.records, heard.places) == ({}, {request.spec.id: ["there, process 7"]})
+    assert (task.began is not None, task.process) == (True, 7)
+
+
 def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_executor, "is_installed", lambda: False)
     with pytest.raises(
@@ -321,9 +385,8 @@ def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 def test_nobody_imports_ray_before_it_is_asked_for() -> None:
     """Also not the module of the executor; what the mailbox's process imports has no torch either."""
-    program = (
-        "import sys, prunebench.cli, prunebench.bench.ray_executor; print({'ray', 'torch', 'submitit'} & set(sys.modules))"
-    )
+    modules = "sys, prunebench.cli, prunebench.bench.ray_executor, prunebench.bench.ray_worker"
+    program = f"import {modules}; print({{'ray', 'torch', 'submitit'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "set()\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +21,11 @@ from support import Bench, install_plugin, python_path
 from test_executors import HOSTILE, alive, wait_for
 from test_ray import Heard
 
-from prunebench.bench import slurm_executor
+from prunebench.bench import slurm_executor, slurm_job
 from prunebench.bench.executors import InlineExecutor
 from prunebench.bench.plan import RunRequest, RunResources
-from prunebench.bench.slurm_executor import OneRun, SlurmExecutor, deaf_children, parameters
+from prunebench.bench.slurm_executor import SlurmExecutor, parameters
+from prunebench.bench.slurm_job import OneRun, deaf_children
 from prunebench.errors import RequestError
 from prunebench.plugins import load_registry
 from prunebench.results.journal import Journal
@@ -75,8 +78,8 @@ def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Done:
         patch.setattr(sys, "path", [str(plugin), *sys.path])
         load_registry.cache_clear()
         planned = bench.requests(folder, *methods.values())
-        an_hour = RunResources(minutes=60.0)  # of less than ten minutes submitit takes a preemption for the end of time
-        requests = {how: dataclasses.replace(r, resources=an_hour) for how, r in zip(methods, planned, strict=True)}
+        short = RunResources(minutes=8.0)  # of less than ten submitit takes a preemption for the end of time
+        requests = {how: dataclasses.replace(r, resources=short) for how, r in zip(methods, planned, strict=True)}
         heard, executor = Heard(), SlurmExecutor(2, folder / "results", cluster="local")
         executor.start(list(requests.values()))
         pids: dict[str, list[int]] = {"preempted": [], "killed": []}
@@ -129,6 +132,7 @@ class TestRealJobs:
         record = done.record("killed")
         assert record.failure is not None
         assert (record.failure.kind, record.provenance.executor) == ("killed", "slurm")
+        assert record.provenance.seconds > 0
         said = r"the job (\d+) ended as \w+ and left no record; what it printed is in (\S+)\."
         found = re.match(said, record.failure.message)
         assert found is not None, record.failure.message
@@ -158,27 +162,28 @@ def request_(bench: Bench, tmp_path: Path) -> RunRequest:
     return dataclasses.replace(request, timeout=60.0)
 
 
-def test_a_job_leaves_a_run_that_another_holds(request_: RunRequest, tmp_path: Path) -> None:
+def test_a_job_leaves_a_run_that_another_holds(request_: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = tmp_path / "results"
     claim = Journal(results).claim("here", request_.spec.id, "a run")
     assert claim is not None
-    OneRun(request_, results, again=False)()
+    monkeypatch.setattr(slurm_job, "CLAIM_SECONDS", 0.2)
+    OneRun(request_, results, again=False, minutes=11)()
     claim.release()
     assert records(results) == []
 
 
 @needs_submitit
-def test_the_end_of_slurms_time_is_a_record(request_: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from submitit.core.utils import UncompletedJobError
-
-    def stopped(*args: object, **options: object) -> None:
-        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
-
-    monkeypatch.setattr("prunebench.bench.sweep.sweep", stopped)
-    OneRun(request_, tmp_path / "results", again=False)()
-    [record] = records(tmp_path / "results")
-    assert record.failure is not None
-    assert (record.failure.kind, record.failure.message) == ("timeout", "Slurm's limit of 11 minutes was reached.")
+def test_a_job_tries_again_for_a_run_that_was_held_for_a_moment(
+    request_: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is by whoever asks what is at work."""
+    claim = Journal(tmp_path / "results").claim("here", request_.spec.id, "a look")
+    assert claim is not None
+    swept: list[object] = []
+    monkeypatch.setattr("prunebench.bench.sweep.sweep", lambda *args, **options: swept.append(args))
+    monkeypatch.setattr("time.sleep", lambda seconds: claim.release())
+    OneRun(request_, tmp_path / "results", again=False, minutes=11)()
+    assert len(swept) == 1
 
 
 def test_processes_of_a_job_do_not_hear_what_is_for_the_job() -> None:
@@ -250,7 +255,7 @@ def submitted(bench: Bench, tmp_path: Path, slurm: FakeSlurm) -> Callable[..., t
         executor = SlurmExecutor(jobs, tmp_path / "results", again)
         for request in requests:
             executor.start([request])
-        executor._submit()  # `wait` would look at once what became of them
+        executor._submit(Heard())  # `wait` would look at once what became of them
         return executor, requests
 
     return submit
@@ -350,6 +355,177 @@ def test_records_are_found_whoever_wrote_them(
     claim.release()
     executor.wait(heard, 0)
     assert heard.records[requests[1].spec.id].status == "failed"
+
+
+@pytest.fixture
+def told_to_end(
+    request_: RunRequest, tmp_path: Path, slurm: FakeSlurm, submitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[float, float], list[str]]]:
+    """What happens, in order, when Slurm tells the job of a run to end after so many minutes of its time."""
+    from submitit.core.job_environment import SignalHandler
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    from prunebench.bench.subprocesses import SubprocessExecutor
+
+    done: list[str] = []
+
+    def swept(*args: object, **options: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        finally:
+            done.append("claim let go")
+
+    def told(minutes: float, limit: float) -> list[str]:
+        submitted({"resources": RunResources(minutes=limit)})
+        [pickle] = (tmp_path / "results" / ".journal" / "slurm").glob("*_submitted.pkl")
+        delayed, environment = DelayedSubmission.load(pickle), SimpleNamespace(global_rank=0)
+        environment._requeue = lambda countdown: done.append(f"queued anew, {countdown} left")
+        handler: Any = SignalHandler(environment, JobPaths(pickle.parent, "4711"), delayed)  # type: ignore[arg-type]
+        handler._start_time = time.time() - 60 * minutes
+        signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
+        monkeypatch.setattr(slurm_job, "elapsed_seconds", lambda: 60 * minutes)
+        with contextlib.suppress(SystemExit):
+            delayed.function()
+        return done
+
+    monkeypatch.setattr("prunebench.bench.sweep.sweep", swept)
+    monkeypatch.setattr(SubprocessExecutor, "close", lambda self: done.append("run ended"))
+    before = signal.getsignal(signal.SIGUSR2)
+    yield told
+    signal.signal(signal.SIGUSR2, before)
+
+
+@needs_submitit
+@pytest.mark.parametrize(("minutes", "limit", "left"), [(1.0, 8.0, 9), (50.0, 60.0, 9), (10.0, 60.0, 10)])
+def test_a_preempted_job_is_queued_anew_after_its_run_ended(
+    minutes: float, limit: float, left: int, told_to_end: Any, tmp_path: Path
+) -> None:
+    """Also one of a few minutes, or late in its time, which submitit takes for the end of it."""
+    assert told_to_end(minutes, limit) == ["run ended", f"queued anew, {left} left", "claim let go", "run ended"]
+    assert records(tmp_path / "results") == []
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    ("minutes", "limit", "queued", "failure"),
+    [
+        (9.5, 11.0, 10, ("timeout", "TIMEOUT", "after 9.5 of its 11 minutes, as it does near their end.")),
+        (
+            2.0,
+            8.0,
+            0,
+            ("killed", "PREEMPTED", "after 2.0 of its 8 minutes, and it is not queued anew. submitit says: Job"),
+        ),
+    ],
+    ids=["near the end of its time", "too often"],
+)
+def test_a_job_that_is_not_queued_anew_is_a_record(
+    minutes: float,
+    limit: float,
+    queued: int,
+    failure: tuple[str, str, str],
+    told_to_end: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slurm_executor, "QUEUED_ANEW", queued)
+    assert told_to_end(minutes, limit)[:2] == ["run ended", "claim let go"]
+    [record] = records(tmp_path / "results")
+    assert record.failure is not None
+    assert (record.failure.kind, record.failure.type) == failure[:2]
+    assert record.failure.message.startswith(f"Slurm told the job to end {failure[2]}")
+
+
+@needs_submitit
+def test_a_failure_takes_the_time_that_its_run_was_at_work(submitted: Any, slurm: FakeSlurm, tmp_path: Path) -> None:
+    """Not the time in the queue; and not that of a page which a dead process left."""
+    executor, [ran, queued] = submitted({}, {})
+    heard, journal = Heard(), Journal(tmp_path / "results")
+    for request in (ran, queued):
+        claim = journal.claim("here", request.spec.id, "a run")
+        assert claim is not None
+        claim.tell(where="node7, process 7", doing="step random")
+        if request is queued:
+            page = (journal.folder / f"here-{request.spec.id}.json").read_text()
+            claim.release()
+            (journal.folder / f"here-{request.spec.id}.json").write_text(page)
+        else:
+            at_work = claim
+    executor.wait(heard, 0)
+    assert heard.places == {ran.spec.id: ["job 4711_0, node7, process 7"]}
+    assert set(heard.subjects) == {ran.spec.id}
+    executor._submitted[ran.spec.id].began -= 30.0
+    at_work.release()
+    slurm.says(task0="NODE_FAIL", task1="NODE_FAIL")
+    submitted_to = next(iter(executor._submitted.values())).job
+    submitted_to.watcher.update()
+    executor.wait(heard, 0)
+    took = [heard.records[request.spec.id].provenance.seconds for request in (ran, queued)]
+    assert 30 <= took[0] < 60
+    assert took[1] < 5
+
+
+@needs_submitit
+def test_no_failure_is_written_while_somebody_settles_the_run(
+    submitted: Any, slurm: FakeSlurm, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that had it wrote its record after this one had looked for it."""
+    slurm.says(task0="COMPLETED", task1="RUNNING")
+    inline, listener = InlineExecutor(), Heard()
+    inline.start(bench.requests(tmp_path, "random", seeds=[0]))
+    inline.wait(listener, 0)
+    [record] = listener.records.values()
+    executor, _ = submitted({}, {})
+    store, heard = ResultStore(tmp_path / "results", print), Heard()
+    states = slurm_executor._state
+
+    def settled_meanwhile(job: Any) -> str:
+        if not records(tmp_path / "results"):
+            store.write(record)
+        return states(job)
+
+    monkeypatch.setattr(slurm_executor, "_state", settled_meanwhile)
+    executor.wait(heard, 0)
+    assert [found.status for found in records(tmp_path / "results")] == ["ok"]
+    assert heard.records[record.id].status == "ok"
+
+
+@needs_submitit
+def test_an_array_that_is_not_taken_after_another_was(
+    submitted: Any, slurm: FakeSlurm, request_: RunRequest, tmp_path: Path
+) -> None:
+    """Something was started, so this is no wrong request any more."""
+    executor, _ = submitted({})
+    (slurm.folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: over the limit' >&2; exit 1\n")
+    more = dataclasses.replace(request_, resources=RunResources(minutes=5.0))
+    heard = Heard()
+    executor.start([more])
+    executor.wait(heard, 0)
+    failure = heard.records[more.spec.id].failure
+    assert failure is not None
+    assert (failure.kind, failure.type) == ("error", "FailedJobError")
+    assert failure.message == "Slurm did not take the job: sbatch: error: over the limit."
+    assert [record.id for record in records(tmp_path / "results")] == [more.spec.id]
+
+
+@needs_submitit
+def test_an_interruption_leaves_no_pickle(submitted: Any, slurm: FakeSlurm, tmp_path: Path) -> None:
+    slurm.says(task0="RUNNING", task1="FAILED")
+    executor, _ = submitted({}, {})
+    folder = tmp_path / "results" / ".journal" / "slurm"
+    for task in (0, 1):
+        (folder / f"4711_{task}_0_log.out").write_text("hello")
+    executor.close()
+    assert slurm.cancelled == ["4711_0"]
+    assert list(folder.glob("*.pkl")) == []
+    assert [path.name for path in folder.glob("*.out")] == ["4711_1_0_log.out"], "what failed by itself may be looked at"
+
+
+def test_what_all_runs_need_is_asked_before_the_first(request_: RunRequest, tmp_path: Path) -> None:
+    executor = SlurmExecutor(1, tmp_path / "results")
+    executor.check([request_])
+    with pytest.raises(RequestError, match=r"^Slurm needs to know how long a run may take"):
+        executor.check([request_, dataclasses.replace(request_, timeout=None)])
 
 
 def test_nobody_said_how_long(request_: RunRequest) -> None:

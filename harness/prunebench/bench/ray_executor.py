@@ -2,7 +2,7 @@
 
 A run is one task with the suite's resources, in a worker process of its own. Ray begins a task anew when its worker or its node
 died, at most twice; what a method raises is in the record that the task returns, and is not tried again. Records are written by
-the command. Nothing heavy is imported with this module, because the mailbox's process imports it too.
+the command.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import importlib.util
 import logging
 import os
 import shutil
-import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from prunebench.bench.ray_worker import EXECUTOR, Letter, Mailbox, work
 from prunebench.errors import RequestError, first_line
 
 if TYPE_CHECKING:
@@ -37,27 +38,11 @@ STORE_BYTES = 256 << 20
 LONGEST_FOLDER = 40
 """Characters of the temporary folder: Ray adds about 65, and the path of a socket ends at 107."""
 
-END_SECONDS, POLL_SECONDS, MEMORY_SECONDS = 10.0, 0.1, 0.25
-"""To wait for tasks that were told to end; between two looks at the mailbox; between two looks at a run's memory."""
+END_SECONDS, POLL_SECONDS = 10.0, 0.1
+"""To wait for tasks that were told to end; between two looks at the mailbox."""
 
-Letter = tuple[str, str, tuple[Any, ...]]
-"""A run's id, what is told of it, and its content."""
-
-
-class Mailbox:
-    """Where runs leave word of how they are getting on; an actor of Ray."""
-
-    def __init__(self) -> None:
-        self._letters: list[Letter] = []
-
-    def put(self, letter: Letter) -> None:
-        """Leave a letter."""
-        self._letters.append(letter)
-
-    def take(self) -> list[Letter]:
-        """All letters since the last call."""
-        letters, self._letters = self._letters, []
-        return letters
+ANSWER_SECONDS = 60.0
+"""To wait for a node's answer: longer than Ray takes to find that a node is gone."""
 
 
 @dataclass
@@ -67,10 +52,11 @@ class Task:
     request: RunRequest
     reference: Any
     handed: float = field(default_factory=time.monotonic)
+    """When it began to wait for a worker."""
     began: float | None = None
-    """When its present worker began; None while it waits for one."""
-    attempts: int = 0
+    """When its present worker began; None while it waits for one, as far as is known."""
     node: str = ""
+    process: int = 0
     shared: bool = False
     """Another run was at work on its node at the same time."""
 
@@ -83,7 +69,7 @@ class Task:
 class RayExecutor:
     """Hands runs to Ray as there is room for them."""
 
-    name = "ray"
+    name = EXECUTOR
     keeps_records = False
 
     def __init__(self, jobs: int | None, address: str | None = None) -> None:
@@ -115,14 +101,20 @@ class RayExecutor:
         room = fitting + 1 - waiting
         return max(0, room if self._jobs is None else min(room, self._jobs - len(self._tasks)))
 
-    def start(self, requests: Sequence[RunRequest]) -> None:
-        """Hand the runs over.
+    def check(self, requests: Sequence[RunRequest]) -> None:
+        """Whether all runs have what they need, before the first is begun; starts Ray, or joins the cluster.
 
         Raises:
             RequestError: Ray does not start, no cluster answers, or a local run asks for GPUs that are not here.
         """
-        if self._ray is None:
+        if requests and self._ray is None:
             self._connect()
+        for request in requests:
+            self._needs(request)
+
+    def start(self, requests: Sequence[RunRequest]) -> None:
+        """Hand the runs over. Raises what `check` does, for runs that nobody checked."""
+        self.check(requests)
         for request in requests:
             needs = self._needs(request)
             if request.checkpoints is not None:
@@ -145,6 +137,8 @@ class RayExecutor:
         for run, task in list(self._tasks.items()):
             if task.reference in ready:
                 self._take(run, task, listener)
+            elif task.is_late() and not self._lives(task):
+                task.began, task.handed = None, time.monotonic()
             elif task.is_late():
                 message = f"the run took longer than its limit of {task.request.timeout:g} seconds."
                 self._give_up(run, "timeout", "TimeoutError", message, listener)
@@ -219,19 +213,29 @@ class RayExecutor:
             if task is None:
                 continue  # of a worker that was told to end
             if kind == "began":
-                self._begin(task, *content)
-                listener.began(run, content[1])
+                self._begin(task, *content[:2])
+                listener.began(run, content[2])
             elif kind == "progress":
                 listener.progress(run, *content)
             else:
                 self._give_up(run, "oom", "MemoryLimit", content[0], listener)
 
-    def _begin(self, task: Task, node: str, _: str) -> None:
-        task.began, task.node = time.monotonic(), node
-        task.attempts += 1
+    def _begin(self, task: Task, node: str, process: int) -> None:
+        task.began, task.node, task.process = time.monotonic(), node, process
         for other in self._tasks.values():
             if other is not task and other.began is not None and other.node == node:
                 other.shared = task.shared = True
+
+    def _lives(self, task: Task) -> bool:
+        """Ask a task's node about its worker: of one that died Ray says nothing while it looks for another."""
+        on_node = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(task.node, soft=False)
+        ask = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(psutil.pid_exists)
+        try:
+            return bool(self._ray.get(ask.remote(task.process), timeout=ANSWER_SECONDS))
+        except self._ray.exceptions.GetTimeoutError:
+            return True  # the node is there, and too busy to answer
+        except self._ray.exceptions.RayError:
+            return False
 
     def _take(self, run: str, task: Task, listener: Listener) -> None:
         """The record of a task that is done, or of how it died."""
@@ -239,15 +243,15 @@ class RayExecutor:
         from prunebench.results.records import RunRecord
 
         try:
-            record = RunRecord.model_validate_json(self._ray.get(task.reference))
+            content, log = self._ray.get(task.reference)
+            record = RunRecord.model_validate_json(content)
         except self._ray.exceptions.RayError as error:
-            failure = explained(error, task.attempts)
-            record = failed_record(task.request, failure, self.name, task.began or task.handed)
+            record, log = failed_record(task.request, explained(error), self.name, task.began or task.handed), b""
         if task.shared:
             provenance = record.provenance.model_copy(update={"shared_machine": True})
             record = record.model_copy(update={"provenance": provenance})
         del self._tasks[run]
-        listener.ended(run, record)
+        listener.ended(run, record, log)
 
     def _give_up(self, run: str, kind: Any, name: str, message: str, listener: Listener) -> None:
         """End a run that is beyond a limit; Ray gives its place away once its worker is gone."""
@@ -260,36 +264,8 @@ class RayExecutor:
         listener.ended(run, failed_record(task.request, failure, self.name, task.began or task.handed))
 
 
-def work(request: RunRequest, mailbox: Any) -> str:
-    """The task: do the run in this worker, and return its record as JSON."""
-    import ray
-
-    from prunebench.bench.runner import run
-    from prunebench.bench.subprocesses import Throttled
-
-    def tell(letter: tuple[str, tuple[Any, ...]]) -> None:
-        mailbox.put.remote((request.spec.id, *letter))
-
-    gpus = "".join(f", GPU {index}" for index in ray.get_gpu_ids())
-    node = ray.get_runtime_context().get_node_id()
-    tell(("began", (node, f"{socket.gethostname()}, process {os.getpid()}{gpus}")))
-    if request.memory is not None:
-        threading.Thread(target=watch_memory, args=(request.memory, tell), daemon=True).start()
-    record = run(request, Throttled(tell), RayExecutor.name)
-    return record.model_dump_json(by_alias=True)
-
-
-def watch_memory(limit: float, tell: Callable[[tuple[str, tuple[Any, ...]]], None]) -> None:
-    """Tell the command once this process uses more than so many bytes."""
-    from prunebench.bench.subprocesses import used_bytes
-
-    while used_bytes(os.getpid()) <= limit:
-        time.sleep(MEMORY_SECONDS)
-    tell(("beyond", (f"the run used more memory than its limit of {limit / (1 << 30):g} GiB.",)))
-
-
-def explained(error: Exception, attempts: int) -> Failure:
-    """Why a task came to no record, as Ray says it, after it was begun so many times."""
+def explained(error: Exception) -> Failure:
+    """Why a task came to no record, as Ray says it."""
     from ray import exceptions
 
     from prunebench.results.records import Failure
@@ -302,7 +278,9 @@ def explained(error: Exception, attempts: int) -> Failure:
         cause = error.cause
         message = f"the run could not be begun on its worker: {type(cause).__name__}: {first_line(cause)}"
         return Failure(kind="error", type=type(cause).__name__, message=message, step=None)
-    message = f"the run was begun {attempts} times, and its worker died each time. Ray says: {said}"
+    message = f"Ray gave the run up. Ray says: {said}"
+    if isinstance(error, exceptions.WorkerCrashedError | exceptions.NodeDiedError):
+        message = f"the run's worker died, and so did those of {RETRIES} further attempts. Ray says: {said}"
     return Failure(kind="killed", type=name, message=message, step=None)
 
 

@@ -11,28 +11,24 @@ from __future__ import annotations
 import importlib.util
 import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
+from typing import Any
 
 from prunebench.bench.executors import Listener, failed_record
 from prunebench.bench.plan import RunRequest
-from prunebench.children import last_lines, start_server
+from prunebench.bench.slurm_job import EXECUTOR, OneRun
+from prunebench.bench.specs import run_label
+from prunebench.children import last_lines
 from prunebench.errors import RequestError, first_line
-from prunebench.results.files import read_file
-from prunebench.results.journal import MAX_PAGE_BYTES, Journal, RunPage
+from prunebench.results.journal import Journal
 from prunebench.results.records import Failure, FailureKind, RunRecord
 from prunebench.results.store import ResultStore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MOST_TASKS = 1000
 """Of one array: Slurm's own limit (`MaxArraySize`) is 1001 where nobody changed it."""
@@ -52,8 +48,8 @@ KINDS: dict[str, FailureKind] = {"TIMEOUT": "timeout", "DEADLINE": "timeout", "O
 FLAGS = ("licenses", "reservation")
 """Options of `sbatch` that submitit has no name for."""
 
-WIDTH = 120
-"""Columns of what a job prints."""
+QUEUED_ANEW = 10
+"""How often submitit queues a job anew that it takes for one at the end of its time (see `OneRun`); others without end."""
 
 
 @dataclass
@@ -64,8 +60,10 @@ class Submitted:
     job: Any
     before: frozenset[str]
     """Records of the run that were there already."""
-    since: float = field(default_factory=time.monotonic)
-    began: bool = False
+    page: datetime | None = None
+    """When the run that is at work began, as its page says; a preempted one begins again."""
+    began: float | None = None
+    """The same by the clock of this command."""
     ended: float | None = None
     """When its job was first found to have ended."""
 
@@ -73,7 +71,7 @@ class Submitted:
 class SlurmExecutor:
     """Submits runs, and tells what becomes of them."""
 
-    name = "slurm"
+    name = EXECUTOR
     keeps_records = True
 
     def __init__(self, jobs: int | None, results: Path, again: bool = False, cluster: str = "slurm") -> None:
@@ -101,6 +99,15 @@ class SlurmExecutor:
         """As many as may be at work; more wait with Slurm."""
         return self._jobs
 
+    def check(self, requests: Sequence[RunRequest]) -> None:
+        """Whether Slurm could be asked for what all runs need.
+
+        Raises:
+            RequestError: nobody said how long a run may take.
+        """
+        for request in requests:
+            parameters(request)
+
     def start(self, requests: Sequence[RunRequest]) -> None:
         """Keep the runs until `wait`, so that those that are handed over one by one come into one array."""
         self._waiting += [on_a_node(request) for request in requests]
@@ -126,9 +133,13 @@ class SlurmExecutor:
         return scripts
 
     def wait(self, listener: Listener, seconds: float) -> None:
-        """Submit what waits; look for what jobs have done."""
+        """Submit what waits; look for what jobs have done.
+
+        Raises:
+            RequestError: Slurm takes no jobs; nothing was submitted.
+        """
         if self._waiting:
-            self._submit()
+            self._submit(listener)
         rest = self._looked + LOOK_SECONDS - time.monotonic()
         if rest > 0:
             time.sleep(min(seconds, rest))
@@ -140,33 +151,50 @@ class SlurmExecutor:
                 record = self._outcome(submitted)
                 if record is not None:
                     del self._submitted[run]
-                    self._clear(submitted, record)
+                    self._clear(submitted, printed=record.status != "failed")
                     listener.ended(run, record)
+            else:
+                submitted.ended = None
 
     def close(self) -> None:
         """Cancel the jobs that have not ended."""
         for submitted in self._submitted.values():
-            if not submitted.job.done():
+            ended = submitted.job.done()
+            if not ended:
                 submitted.job.cancel(check=False)
+            self._clear(submitted, printed=not ended)
         self._submitted, self._waiting = {}, []
 
-    def _submit(self) -> None:
+    def _submit(self, listener: Listener) -> None:
         import submitit
 
         self._folder.mkdir(parents=True, exist_ok=True)
         self._folder.chmod(0o700)  # jobs load what lies there
-        for options, group in self._arrays(self._waiting):
+        arrays, self._waiting = self._arrays(self._waiting), []
+        for options, group in arrays:
             known = [frozenset(stored.path for stored in self._store.of_run(r.machine, r.spec.id)) for r in group]
             try:
-                executor = submitit.AutoExecutor(self._folder, cluster=self._cluster, slurm_max_num_timeout=0)
+                executor = submitit.AutoExecutor(self._folder, cluster=self._cluster, slurm_max_num_timeout=QUEUED_ANEW)
                 executor.update_parameters(**options)
                 with executor.batch():
-                    jobs = [executor.submit(OneRun(request, self._results, self._again)) for request in group]
+                    minutes = options["timeout_min"]
+                    jobs = [executor.submit(OneRun(request, self._results, self._again, minutes)) for request in group]
             except (RuntimeError, OSError, ValueError) as error:
-                raise RequestError(f"Slurm takes no jobs here: {first_line(error).rstrip('.')}.") from None
+                if not self._submitted:
+                    raise RequestError(f"Slurm takes no jobs here: {first_line(error).rstrip('.')}.") from None
+                self._turn_down(group, error, listener)
+                continue
             for request, job, before in zip(group, jobs, known, strict=True):
                 self._submitted[request.spec.id] = Submitted(request, job, before)
-        self._waiting = []
+
+    def _turn_down(self, requests: Sequence[RunRequest], error: Exception, listener: Listener) -> None:
+        """Runs of an array that Slurm did not take, after it took others."""
+        message = f"Slurm did not take the job: {first_line(error).rstrip('.')}."
+        failure = Failure(kind="error", type=type(error).__name__, message=message, step=None)
+        for request in requests:
+            record = failed_record(request, failure, self.name, time.monotonic())
+            self._store.write(record)
+            listener.ended(request.spec.id, record)
 
     def _arrays(self, requests: Sequence[RunRequest]) -> list[tuple[dict[str, Any], list[RunRequest]]]:
         """Runs of equal resources together, with submitit's parameters for them."""
@@ -182,98 +210,61 @@ class SlurmExecutor:
         return groups
 
     def _read_journal(self, listener: Listener) -> None:
-        """Tell how far the runs are whose pages are there."""
-        for path in self._journal.folder.glob("*.json"):
-            with suppress(OSError, ValueError, RecursionError):
-                page = RunPage.model_validate_json(read_file(path, self._results, MAX_PAGE_BYTES))
-                submitted = self._submitted.get(page.id)
-                if submitted is None or not page.where or page.machine != submitted.request.machine:
-                    continue
-                if not submitted.began:
-                    submitted.began = True
-                    listener.began(page.id, f"job {submitted.job.job_id}, {page.where}")
-                listener.progress(page.id, page.doing, 0, 1)
-                if page.total:
-                    listener.progress(page.id, page.what, page.done, page.total)
+        """Tell how far the runs are that are at work."""
+        for entry in self._journal.runs():
+            page, submitted = entry.page, self._submitted.get(entry.page.id)
+            if submitted is None or not entry.alive or not page.where or page.machine != submitted.request.machine:
+                continue
+            if page.started != submitted.page:
+                submitted.page, submitted.began = page.started, time.monotonic()
+                listener.began(page.id, f"job {submitted.job.job_id}, {page.where}")
+            listener.progress(page.id, page.doing, 0, 1)
+            if page.total:
+                listener.progress(page.id, page.what, page.done, page.total)
 
     def _outcome(self, submitted: Submitted) -> RunRecord | None:
         """The record of a run whose job has ended; None while there may still come one."""
+        record = self._written(submitted)
+        if record is not None:
+            return record
+        state, now = _state(submitted.job), time.monotonic()
+        submitted.ended = submitted.ended or now
+        if now - submitted.ended < (PREEMPTED_SECONDS if state == "PREEMPTED" else PATIENCE_SECONDS):
+            return None
         request = submitted.request
-        stored = self._store.of_run(request.machine, request.spec.id)
+        claim = self._journal.claim(request.machine, request.spec.id, run_label(request.spec))
+        if claim is None:
+            submitted.ended = None
+            return None  # somebody else has the run, so the job left it
+        try:
+            return self._written(submitted) or self._explain(submitted, state)
+        finally:
+            claim.release()
+
+    def _written(self, submitted: Submitted) -> RunRecord | None:
+        """The record that a run came to, whoever wrote it."""
+        stored = self._store.of_run(submitted.request.machine, submitted.request.spec.id)
         new = [found.record for found in stored if found.path not in submitted.before]
         settled = [found.record for found in stored if found.record.status != "failed" and not self._again]
-        if new or settled:
-            return (new or settled)[-1]
-        if any(entry.alive and entry.page.id == request.spec.id for entry in self._journal.runs()):
-            submitted.ended = None
-            return None  # another command has the run, so the job left it
-        submitted.ended = submitted.ended or time.monotonic()
-        state = _state(submitted.job)
-        patience = PREEMPTED_SECONDS if state == "PREEMPTED" else PATIENCE_SECONDS
-        if time.monotonic() - submitted.ended < patience:
-            return None
-        return self._explain(submitted, state)
+        return next(reversed(new or settled), None)
 
     def _explain(self, submitted: Submitted, state: str) -> RunRecord:
-        """Write the record of a run whose job left none."""
+        """Write the record of a run whose job left none. One that was never seen at work took no time."""
         paths = submitted.job.paths
         wrote = last_lines(paths.stderr) if paths.stderr.exists() else ""
         where = paths.stdout.relative_to(self._results)
         message = f"the job {submitted.job.job_id} ended as {state} and left no record; what it printed is in {where}.{wrote}"
         failure = Failure(kind=KINDS.get(state, "killed"), type=state, message=message, step=None)
-        record = failed_record(submitted.request, failure, self.name, submitted.since)
+        record = failed_record(submitted.request, failure, self.name, submitted.began or time.monotonic())
         self._store.write(record)
         return record
 
-    def _clear(self, submitted: Submitted, record: RunRecord) -> None:
-        """Take away what submitit needed, a few MiB a run with its tokens; what a failed one printed stays."""
+    def _clear(self, submitted: Submitted, printed: bool) -> None:
+        """Take away what submitit needed, a few MiB a run with its tokens, and what the job printed."""
         paths = submitted.job.paths
-        printed = [] if record.status == "failed" else [paths.stdout, paths.stderr]
-        for path in (paths.submitted_pickle, paths.result_pickle, *printed):
+        for path in (paths.submitted_pickle, paths.result_pickle, *([paths.stdout, paths.stderr] if printed else ())):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-@dataclass
-class OneRun:
-    """What a task of the array does."""
-
-    request: RunRequest
-    results: Path
-    again: bool
-
-    def __call__(self) -> None:
-        """Sweep over the one run, unless another command has it: a node is not for waiting."""
-        import submitit
-
-        from prunebench.bench.display import SweepDisplay
-        from prunebench.bench.subprocesses import SubprocessExecutor
-        from prunebench.bench.sweep import sweep
-
-        claim = Journal(self.results).claim(self.request.machine, self.request.spec.id, self.request.spec.method)
-        if claim is None:
-            return
-        claim.release()
-        with deaf_children():
-            start_server("prunebench.bench.preload")
-        started, store = time.monotonic(), ResultStore(self.results, lambda _: None)
-        executor, display = SubprocessExecutor(1, self.request.device, self.results), SweepDisplay(Console(width=WIDTH))
-        display.started([self.request], 0, 1)
-        try:
-            sweep([self.request], store, executor, display, self.again, announce=False)
-        except submitit.core.utils.UncompletedJobError:  # the signal that Slurm sends before it ends the job
-            message = f"Slurm's limit of {parameters(self.request)['timeout_min']} minutes was reached."
-            failure = Failure(kind="timeout", type="TIMEOUT", message=message, step=None)
-            store.write(failed_record(self.request, failure, SlurmExecutor.name, started))
-        finally:
-            display.close()
-            executor.close()
-
-    def checkpoint(self) -> Any:
-        """What is queued anew after a preemption: the same."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
 
 
 def is_installed() -> bool:
@@ -313,17 +304,6 @@ def parameters(request: RunRequest) -> dict[str, Any]:
     options |= {f"slurm_{name}": value for name, value in given.slurm if name not in FLAGS}
     flags = {name: value for name, value in given.slurm if name in FLAGS}
     return {**options, **({"slurm_additional_parameters": flags} if flags else {})}
-
-
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that are started inside do not hear the signals that Slurm sends to all of a job's: the job decides."""
-    signals = {signal.SIGTERM, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _state(job: Any) -> str:

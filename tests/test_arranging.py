@@ -139,6 +139,21 @@ def test_an_evaluation_begins_anew_with_half_the_batch(hungry: Any) -> None:
     assert record.steps[0].notes == {"hungry: batch size halved to 2": "out of memory"}
 
 
+def test_that_it_did_is_known_after_a_kill(hungry: Any, bench: Bench, tmp_path: Path) -> None:
+    (request,) = bench.requests(tmp_path, "wanda", evals=["hungry", bench.perplexity])
+    request = replace(request, batch_size=8, checkpoint_every=1, checkpoints=str(tmp_path / "kept"))
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what.startswith("eval perplexity"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(request, kill, "inline")
+    (step,) = runner.run(request, lambda *_: None, "inline").steps
+    assert Hungry.begun == [8, 4, 2]
+    assert step.notes == {"hungry: batch size halved to 2": "out of memory", "resumed": "after step 1 of 1"}
+
+
 @pytest.mark.parametrize(
     "error",
     cases(

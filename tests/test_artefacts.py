@@ -26,6 +26,7 @@ from prunebench.results.records import RunRecord, StepRecord
 from prunebench.spec import Job, Needs, Pruner
 from prunebench.toolkit import phase
 from prunebench.toolkit.cache import save_arrays
+from prunebench.toolkit.placement import Resident
 from prunebench_pruners.gblm import Gblm
 
 MAKING = 0.2
@@ -128,6 +129,25 @@ def test_a_reused_one_costs_what_it_had_cost_but_not_its_loading(
         assert "" not in step.phases
     assert reused.phases["statistics"] == pytest.approx(made.phases["statistics"], abs=1e-3)
     assert same_bits(found[0]["made"], found[1]["made"])
+
+
+def test_what_half_the_batch_made_is_not_kept(
+    bench: Bench, tmp_path: Path, kept: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Resident.fetch
+
+    def scarce(self: Resident, tensor: torch.Tensor) -> torch.Tensor:
+        if len(tensor) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return fetch(self, tensor)
+
+    (request,) = bench.requests(tmp_path, "gblm")
+    with monkeypatch.context() as scarcity:
+        scarcity.setattr(Resident, "fetch", scarce)
+        assert "batch size halved to 1" in step_of(ran(request)).notes
+    assert kept() == []
+    assert step_of(ran(request)).reused == []
+    assert step_of(ran(request)).reused == ["loss gradients l1"]
 
 
 def test_a_later_step_finds_nothing(
@@ -324,3 +344,6 @@ def test_costs_add_up_and_peaks_do_not() -> None:
     cost.include(Cost({"statistics": 4.0, "calibration": 8.0}, 70, 300))
     cost.include(Cost({}, 50, 200))
     assert cost == Cost({"statistics": 5.0, "other": 2.0, "calibration": 8.0}, 70, 300)
+    cost.include(Cost(crowded=True))
+    cost.include(Cost())
+    assert cost.crowded

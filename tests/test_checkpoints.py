@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +19,15 @@ import torch
 from support import Bench, cases, files_no_larger_than, fingerprint, halve, same_bits, tiny, tree
 from transformers import PreTrainedTokenizerFast
 
-from prunebench.bench import checkpoints as module
-from prunebench.bench import runner
+from prunebench.bench import checkpoint_origin, machine, measure, runner
 from prunebench.bench.checkpoint_files import MANIFEST, CheckpointFolder
-from prunebench.bench.checkpoints import clear
+from prunebench.bench.checkpoint_origin import code_digest
+from prunebench.bench.checkpoints import clear, clear_older
 from prunebench.bench.plan import RunRequest
 from prunebench.results.records import RunRecord
-from prunebench.spec import Claims, Job, Progress
+from prunebench.spec import Claims, Eval, EvalFacts, EvalJob, Job, Progress, Score
 from prunebench.toolkit import phase, walk
+from prunebench.toolkit.carried import put_back, written
 from prunebench_pruners.wanda import Wanda
 
 BLOCKS = 4
@@ -276,6 +279,50 @@ def test_a_run_began_when_its_killed_part_did(request_of: Callable[..., RunReque
     assert made.seconds > said["seconds"] > 0
 
 
+@pytest.mark.parametrize("at", [("block", 2), ("step", 1), ("eval", 0)], ids=lambda at: at[0])
+def test_what_shared_the_machine_before_the_kill_is_not_known(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, at: tuple[str, int]
+) -> None:
+    monkeypatch.setattr(measure, "_busy_seconds", lambda: 0.0)  # nobody now
+    request = request_of("wanda + sparsegpt[mask=given]")
+    assert not run(request).record.provenance.shared_machine
+    clear(request)
+    killed(request, *at)
+    killed(request, "eval", 0)
+    assert run(request).record.provenance.shared_machine
+
+
+# A batch size that the run chooses
+
+
+@pytest.mark.parametrize("killed_at", [("block", 2), ("eval", 0)], ids=lambda at: at[0])
+def test_a_batch_size_that_was_chosen_is_kept(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, killed_at: tuple[str, int]
+) -> None:
+    request = replace(request_of("wanda"), batch_size=0)
+    monkeypatch.setattr(runner, "free_bytes", lambda device, limit: 1 << 40)
+    whole = run(replace(request, checkpoint_every=None))
+    killed(request, *killed_at)
+    monkeypatch.setattr(runner, "free_bytes", lambda device, limit: 0)
+    again = run(request)
+    assert "resumed" in again.record.steps[0].notes
+    assert again.record.provenance.batch_size == whole.record.provenance.batch_size == 8
+    assert_same(whole, again)
+
+
+def test_without_a_usable_checkpoint_it_is_chosen_anew(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = replace(request_of("wanda"), batch_size=0)
+    monkeypatch.setattr(runner, "free_bytes", lambda device, limit: 1 << 40)
+    killed(request, "block", 2)
+    monkeypatch.setattr(runner, "free_bytes", lambda device, limit: 0)
+    elsewhere = run(replace(request, machine="there"))
+    assert elsewhere.record.provenance.batch_size == 1
+    assert elsewhere.record.steps[0].notes == {"checkpoint discarded": "it was made with another machine."}
+    assert json.loads((Path(request.checkpoints or "") / MANIFEST).read_text())["said"]["made"]["batch size"] == 1
+
+
 # What may not be used
 
 
@@ -316,12 +363,12 @@ def elsewhere(folder: Path) -> None:
 
 
 def with_other_code(request: RunRequest, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
-    monkeypatch.setattr(module, "_code", lambda modules: "another")
+    monkeypatch.setattr(checkpoint_origin, "code_digest", lambda modules: "another")
     return request
 
 
 def with_other_packages(request: RunRequest, monkeypatch: pytest.MonkeyPatch) -> RunRequest:
-    monkeypatch.setattr(module.machine, "package_versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(machine, "package_versions", lambda: {"torch": "3.0"})
     return request
 
 
@@ -397,6 +444,115 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     again = run(request)
     assert again.record.steps[0].notes == {"resumed": f"at block 2 of {BLOCKS}"}
     assert_same(whole, again)
+
+
+def test_a_disk_that_is_full_when_scores_come_is_noted(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of("wanda", every=BLOCKS)
+    commit, calls = CheckpointFolder.commit, [0]
+
+    def full(self: CheckpointFolder, *given: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 1:
+            raise OSError(28, "No space left on device")
+        commit(self, *given)
+
+    monkeypatch.setattr(CheckpointFolder, "commit", full)
+    assert run(request).record.steps[0].notes == {"checkpoint not written": "No space left on device"}
+
+
+def test_without_the_option_nothing_is_taken_or_written_and_what_is_there_goes(
+    request_of: Callable[..., RunRequest],
+) -> None:
+    request = request_of("wanda")
+    plain = replace(request, checkpoint_every=None)
+    run(plain)
+    assert not Path(request.checkpoints or "").exists()
+    killed(request, "block", 2)
+    left = tree(Path(request.checkpoints or ""))
+    assert run(plain).record.steps[0].notes == {}
+    assert tree(Path(request.checkpoints or "")) == left
+    clear(plain)
+    assert not Path(request.checkpoints or "").exists()
+
+
+def test_a_run_that_is_done_again_takes_no_checkpoint_from_before(request_of: Callable[..., RunRequest]) -> None:
+    request = request_of("wanda")
+    folder = Path(request.checkpoints or "")
+    killed(request, "block", 2)
+    clear_older(request, [])
+    settled = run(replace(request, checkpoint_every=None)).record
+    assert folder.exists()
+    clear_older(replace(request, checkpoint_every=None), [settled])
+    assert not folder.exists()
+    clear_older(request, [settled])
+    clear_older(replace(request, checkpoints=None), [settled])
+    killed(request, "block", 2)  # the attempt to do it again
+    later = folder.joinpath(MANIFEST).stat().st_mtime + 10
+    os.utime(folder / MANIFEST, (later, later))
+    clear_older(request, [settled])
+    assert run(request).record.steps[0].notes == {"resumed": f"at block 2 of {BLOCKS}"}
+
+
+# Code of plugins
+
+
+class Theirs(Eval):
+    """From a namespace package."""
+
+    name = "theirs"
+
+    def conditions(self, facts: EvalFacts) -> dict[str, Any]:
+        return {"eval": "theirs"}
+
+    def measure(self, job: EvalJob) -> Score:
+        return Score(1.0, "of them", True)
+
+
+def test_plugins_of_a_namespace_package_count_evaluations_too(
+    request_of: Callable[..., RunRequest], register: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "source" / "theirs_by_name" / "part" / "plugin.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("one = 1\n")
+    file.with_name("gone.py").symlink_to("nowhere")  # as an editor's lock
+    monkeypatch.syspath_prepend(tmp_path / "source")
+    monkeypatch.setitem(sys.modules, "theirs_by_name", importlib.import_module("theirs_by_name"))
+    monkeypatch.setattr(Theirs, "__module__", "theirs_by_name.part.plugin")
+    register(Theirs)
+    request = request_of("wanda", evals=["theirs"])
+    killed(request, "block", 2)
+    file.write_text("one = 2\n")
+    code_digest.cache_clear()
+    assert run(request).record.steps[0].notes == {"checkpoint discarded": "it was made with another code."}
+
+
+# What a walk carries
+
+
+def test_generators_are_put_back_wherever_they_are() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.own = torch.Generator()
+
+    def made() -> list[Any]:
+        return [torch.Generator(), Holder(), [torch.Generator(), (torch.Generator(), 2)], {"a": [torch.Generator()]}]
+
+    def inside(things: list[Any]) -> list[torch.Generator]:
+        alone, holder, many, named = things
+        return [alone, holder.own, many[0], many[1][0], named["a"][0]]
+
+    first, second = made(), made()
+    for seed, generator in enumerate(inside(first)):
+        torch.rand(seed + 1, generator=generator.manual_seed(seed))
+    tensors, rest = written(first)
+    before = inside(second)
+    put_back(second, tensors, json.loads(json.dumps(rest)))
+    for one, other in zip(inside(first), inside(second), strict=True):
+        assert torch.equal(torch.rand(5, generator=one), torch.rand(5, generator=other))
+    assert inside(second)[0] is before[0]
+    assert inside(second)[1] is before[1]
 
 
 def test_a_finished_run_leaves_one_state_and_no_scraps(request_of: Callable[..., RunRequest]) -> None:

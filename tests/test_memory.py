@@ -7,13 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from support import EXACT, cases, make_job, masks_of, tiny, tokens_of
+from support import EXACT, cases, fingerprint, halve, make_job, masks_of, tiny, tokens_of, visit_all
 
 from prunebench.spec import Job
 from prunebench.targets import NM
-from prunebench.toolkit import Gram, InputNorm, Statistic, keep_mask, loss_gradients, walk, wanda_scores
+from prunebench.toolkit import (
+    Block,
+    Gram,
+    InputNorm,
+    Retraining,
+    Statistic,
+    keep_mask,
+    loss_gradients,
+    walk,
+    wanda_scores,
+)
 from prunebench.toolkit.memory import is_out_of_memory
 from prunebench.toolkit.placement import Resident
+from prunebench.toolkit.recovery import next_token_loss
+from prunebench.toolkit.retrain import parts_of, train, whole_model
+from prunebench.toolkit.walk import Replica
+from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
@@ -172,6 +186,92 @@ def test_chosen_inputs_are_gathered_again_too() -> None:
         inputs = block.inputs(list(range(SAMPLES)))
         assert {int(count) for count in block.replica().collect(Fragile, inputs=inputs).values()} == {SAMPLES}
     assert job.batch_size == 2
+
+
+# Training
+
+
+def trained(
+    subset: Any, failing: tuple[str, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, torch.Tensor], tuple[float, ...], dict[str, Any], int]:
+    """A model after three steps of four windows, its losses, notes and final batch size; memory runs out once, where said."""
+    job, notes = scarce_job(torch.float64)
+    visit_all(job, halve)
+    job.masks, calls = job.anatomy.masks.copy(), {"loss": 0, "collecting": 0}  # type: ignore[attr-defined]
+    settings = Retraining(subset, steps=3, batch=4, learning_rate=0.1, rank=2)
+    scope = whole_model(job)
+    parts = parts_of(settings, scope, torch.Generator().manual_seed(0))
+    plain = next_token_loss(job.model)
+
+    def count(place: str) -> None:
+        calls[place] += 1
+        if (place, calls[place]) == failing:
+            raise DEVICE
+
+    def loss(piece: torch.Tensor) -> torch.Tensor:
+        count("loss")
+        return plain(piece)
+
+    def collecting(collect: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (collect(), count("collecting"))[0]
+
+    monkeypatch.setattr(parts[0], "collect_gradients", collecting(parts[0].collect_gradients))
+    job.batch_size = 2
+    found = train(settings, scope, parts, iter(torch.split(tokens_of(12), 4)), loss, job)
+    numbers = {str(i): x.detach() for i, x in enumerate(x for part in parts for x in part.parameters)}
+    return numbers | fingerprint(job.model), found.losses, notes, job.batch_size
+
+
+@pytest.mark.parametrize("place", ["loss", "collecting"])
+@pytest.mark.parametrize("at", range(1, 7))  # two pieces a step
+@pytest.mark.parametrize("subset", ["all", "mask_lora"])
+def test_a_step_of_training_starts_again(subset: str, at: int, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, losses, none, _ = trained(subset, None, monkeypatch)
+    found, again, notes, size = trained(subset, (place, at), monkeypatch)
+    assert none == {}
+    assert notes == {"batch size halved to 1": f"out of memory in training step {(at + 1) // 2}"}
+    assert (size, len(again)) == (1, 3)
+    assert again == pytest.approx(losses, rel=1e-6)  # told in float32
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **EXACT)
+
+
+def test_one_sequence_that_cannot_be_trained_on_ends_it() -> None:
+    job, notes = scarce_job()
+    job.batch_size = 2
+    settings = Retraining("norms", steps=1, batch=2)
+    parts = parts_of(settings, whole_model(job), torch.Generator())
+
+    def loss(piece: torch.Tensor) -> torch.Tensor:
+        raise HOST
+
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        train(settings, whole_model(job), parts, iter([tokens_of(2)]), loss, job)
+    assert list(notes) == ["batch size halved to 1"]
+
+
+def test_a_block_and_its_student_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense block's outputs, and the errors on samples that were held out."""
+    method = WandaPlusPlus(rounds=2, ro_samples=4, learning_rate=0.001)
+    (plain, _), (scarce, notes) = scarce_job(torch.float64), scarce_job(torch.float64)
+    method.prune(plain)
+    for kind in (Block, Replica):
+        monkeypatch.setattr(kind, "forward", short_of_memory(kind.forward))  # type: ignore[attr-defined]
+    method.prune(scarce)
+    assert notes["batch size halved to 2"] == "out of memory in block 0"
+    expected = masks_of(plain)
+    assert all(torch.equal(mask, expected[name]) for name, mask in masks_of(scarce).items())
+    for name, value in fingerprint(plain.model).items():
+        torch.testing.assert_close(fingerprint(scarce.model)[name], value, **EXACT)
+
+
+def short_of_memory(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def scarce(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 2:
+            raise DEVICE
+        return forward(self, hidden)
+
+    return scarce
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 The key is all that their bits depend on, and the machine, whose costs they carry. A run that takes one from the cache adds
 that cost to its own, so that prune seconds are always stand-alone; the time of loading and saving is in no phase.
-Only a run's first step is served: what a later one finds depends on the steps before it.
+Only a run's first step is served: what a later one finds depends on the steps before it. What was made with a batch that had
+to be halved is not kept: its bits are not those of the batch in the key.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from prunebench.bench.measure import Cost, peaks_so_far
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import RequestError
-from prunebench.spec import Pruner
+from prunebench.spec import Job, Pruner
 from prunebench.toolkit.cache import cache_folder, digest, load_arrays, save_arrays
 from prunebench.toolkit.phases import lap, uncounted
 
@@ -41,7 +42,9 @@ class Artefacts:
         """For a step of the run; only the first takes from the cache."""
         self.reused: list[str] = []
         """Names of what was taken from the cache."""
-        self._first, self._device = first, torch.device(request.device)
+        self.job: Job | None = None
+        """The step's, whose batch size is lowered when memory runs out."""
+        self._first, self._device, self._batch_size = first, torch.device(request.device), request.batch_size
         self._asked: set[str] = set()
         self._earlier = Cost()
         model, tokens = request.spec.model, request.spec.calibration_tokens
@@ -71,8 +74,9 @@ class Artefacts:
         limit = _limit()  # a wrong setting is found before the work, not after it
         with lap() as seconds:
             tensors = make()
-        with uncounted():
-            _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
+        if self.job is None or self.job.batch_size == self._batch_size:
+            with uncounted():
+                _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
         return tensors
 
     def settle(self, cost: Cost) -> None:

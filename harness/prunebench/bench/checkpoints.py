@@ -3,31 +3,29 @@
 After every so many blocks of a step whose method claims BLOCKWISE: where its walk is (`toolkit/resuming.py`). After each step:
 the model, its masks and adapters, the steps' records. After each evaluation: the scores. A checkpoint counts only for the same
 run on the same machine and device, with the same batch size, threads, packages and code, and only whole; any other is thrown
-away, and the record says why. Seconds before the kill are added to the record's; saving and loading are in no phase.
+away, and the record says why. Seconds before the kill are added to the record's; saving and loading are in no phase. Nobody
+knows what else was at work before the kill, so the costs of a run that went on are marked as of a shared machine.
 """
 
 from __future__ import annotations
 
-import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cache
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import prunebench
 from prunebench.bench import machine
-from prunebench.bench.checkpoint_files import CheckpointFolder
+from prunebench.bench.checkpoint_files import MANIFEST, CheckpointFolder
+from prunebench.bench.checkpoint_origin import origin
 from prunebench.bench.measure import Cost, peaks_so_far
 from prunebench.bench.plan import RunRequest
 from prunebench.handles import WalkState
-from prunebench.results.records import ScoreRecord, StepRecord
+from prunebench.results.records import RunRecord, ScoreRecord, StepRecord
 from prunebench.spec import Changes, Claims, JsonDict, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.heads import untie_head
@@ -45,7 +43,7 @@ class Standing:
     explained: bool = False
     """A step noted why there are extra zeros."""
     crowded: bool = False
-    """Other processes were at work on the cores that a step needed."""
+    """Other processes were at work on the cores that a step needed, or nobody knows."""
     changes: int = 0
     """All that the steps declared to change, as the value of the flag."""
 
@@ -56,17 +54,36 @@ class Standing:
 
 
 def clear(request: RunRequest) -> None:
-    """Remove a run's checkpoint, once its record is kept."""
+    """Remove a run's checkpoint, once its record is kept; also one of a command that asked for it, where this one does not."""
     if request.checkpoints:
         with suppress(OSError):  # the record is there, and the folder became read-only since
             CheckpointFolder(Path(request.checkpoints)).clear()
+
+
+def clear_older(request: RunRequest, settled: Iterable[RunRecord]) -> None:
+    """Before a run that is settled is done again: remove a checkpoint that was written before it was settled last.
+
+    One written since is of an attempt to do it again, which was killed; it goes on there.
+    """
+    with suppress(OSError):  # there is none, mostly
+        written = (Path(request.checkpoints or "") / MANIFEST).stat().st_mtime
+        if any(written <= _ended(record).timestamp() for record in settled):
+            clear(request)
+
+
+def _ended(record: RunRecord) -> datetime:
+    """When a run ended, or up to a second later: records round down when it began."""
+    made = record.provenance
+    return datetime.fromisoformat(made.started) + timedelta(seconds=made.seconds + 1)
 
 
 class Checkpoints:
     """The checkpoint of one run: takes what is there, and writes what comes."""
 
     def __init__(self, request: RunRequest, pruners: Sequence[Pruner]) -> None:
-        """For a run whose batch size is chosen."""
+        """For a run as it was asked for; nothing is taken or written unless it says after how many blocks."""
+        self.request = request
+        """With the batch size of what is taken, where the run leaves the choice."""
         self.every = request.checkpoint_every
         self.notes: JsonDict = {}
         """For the next step's record."""
@@ -78,15 +95,21 @@ class Checkpoints:
         """Falls when a file cannot be written: what came later would lean on what is not there."""
         self.folder = CheckpointFolder(Path(request.checkpoints or ""))
         self._began = (datetime.now(UTC), time.perf_counter())
-        self._said: JsonDict = {"made": _made(request, pruners)} if self._asked else {}
+        self._said: JsonDict = {"made": origin(request, pruners)} if self._asked else {}
         """The manifest."""
+        self._resumed = False
         self._tied: list[list[str]] = []
         if self._asked:
             self._read()
 
+    def arranged(self, request: RunRequest) -> None:
+        """What is written is of this batch size, which the run has now, and has kept if anything was taken."""
+        if self._asked:
+            self._said["made"] |= {"batch size": request.batch_size}
+
     def began(self, started: datetime, clock: float) -> tuple[datetime, float]:
         """When the run began, by the calendar and by `time.perf_counter`, as if what was killed had just gone before."""
-        if "seconds" in self._said:
+        if self._resumed:
             started, clock = datetime.fromisoformat(self._said["started"]), clock - self._said["seconds"]
         self._began = (started, clock)
         return self._began
@@ -101,11 +124,11 @@ class Checkpoints:
         self._tied = [list(group) for group in anatomy.tied()]
         found = self._said.get("state")
         if found is None:
-            return Standing()
+            return Standing(crowded=self._resumed)
         if found["untied"]:
             untie_head(anatomy.model)
         _fill(anatomy, self.folder.tensors(found["files"]), found["adapters"])
-        standing = Standing(**found["standing"])
+        standing = Standing(**found["standing"] | {"crowded": True})
         standing.steps = [StepRecord.model_validate(step) for step in found["steps"]]
         self.finished = len(standing.steps)
         if "walk" not in self._said:
@@ -142,9 +165,16 @@ class Checkpoints:
 
         self.write(write, standing.steps[-1].notes)
 
-    def scored(self, scores: Mapping[str, ScoreRecord]) -> None:
-        """Keep the scores found so far."""
-        self.write(lambda: {"scores": {name: score.model_dump(mode="json") for name, score in scores.items()}}, {})
+    def scored(self, scores: Mapping[str, ScoreRecord], steps: Sequence[StepRecord]) -> None:
+        """Keep the scores found so far, and what evaluations noted in the steps' records."""
+
+        def write() -> JsonDict:
+            return {
+                "scores": {name: score.model_dump(mode="json") for name, score in scores.items()},
+                "state": self._said["state"] | {"steps": [step.model_dump(mode="json") for step in steps]},
+            }
+
+        self.write(write, steps[-1].notes)
 
     def walked(self) -> JsonDict | None:
         """What was kept in the midst of the step after the finished ones."""
@@ -168,15 +198,20 @@ class Checkpoints:
     def _read(self) -> None:
         """Take what was left, if it may be used."""
         try:
-            found = self.folder.read() or {}
-            for name, value in self._said["made"].items():
-                if found and found["made"].get(name) != value:
+            found = self.folder.read()
+            if found is None:
+                return
+            made = found["made"]
+            chosen = self.request.batch_size or made.get("batch size")
+            for name, value in (self._said["made"] | {"batch size": chosen}).items():
+                if made.get(name) != value:
                     raise ValueError(f"it was made with another {name}")
         except ValueError as error:
             self.notes["checkpoint discarded"] = f"{error}."
             self.folder.clear()
         else:
             self._said |= found
+            self._resumed, self.request = True, replace(self.request, batch_size=chosen)
 
 
 class StepCheckpoint:
@@ -285,27 +320,3 @@ def _mask(matrix: str) -> str:
 
 def _factor(number: int, half: str) -> str:
     return f"the {half} factor of adapter {number}"
-
-
-def _made(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
-    """What a checkpoint's bits depend on."""
-    return {
-        "run": request.spec.id,
-        "machine": request.machine,
-        "device": f"{torch.device(request.device).type}, {machine.device_name(request.device)}",
-        "batch size": request.batch_size,
-        "number of threads": request.threads or torch.get_num_threads(),
-        "packages": machine.package_versions(),
-        "code": _code(frozenset(type(pruner).__module__.partition(".")[0] for pruner in pruners)),
-    }
-
-
-@cache
-def _code(modules: frozenset[str]) -> str:
-    """A digest of all source files of the harness and of the packages that the pruners are from, as this process found them."""
-    state = hashlib.sha256()
-    for name in sorted({prunebench.__name__, *modules}):
-        path = Path(getattr(sys.modules[name], "__file__", None) or "")
-        for file in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
-            state.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
-    return state.hexdigest()

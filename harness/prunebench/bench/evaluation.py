@@ -40,7 +40,7 @@ def evaluate(
         progress: told how far it is.
         scores: gets each score by its name as soon as it is there; what is in it is not measured again.
         kept: called after each.
-        note: told when memory ran out and an evaluation was begun anew with half the batch.
+        note: told, before the score is kept, when memory ran out and an evaluation was begun anew with half the batch.
 
     Raises:
         NonFiniteError: a value is not a number.

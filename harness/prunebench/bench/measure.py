@@ -31,11 +31,12 @@ class Cost:
     """Other processes left the step less than the cores that its threads need."""
 
     def include(self, other: Cost) -> None:
-        """Add the cost of something that was done earlier: seconds add up, peaks do not."""
+        """Add the cost of something that was done earlier: seconds add up, peaks do not; what was crowded stays so."""
         for name, seconds in other.phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + seconds
         self.peak_device_bytes = _larger(self.peak_device_bytes, other.peak_device_bytes)
         self.peak_host_bytes = _larger(self.peak_host_bytes, other.peak_host_bytes)
+        self.crowded |= other.crowded
 
 
 def peaks_so_far(device: torch.device) -> tuple[int | None, int | None]:

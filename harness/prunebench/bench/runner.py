@@ -73,7 +73,7 @@ class Outcome:
     def kept(self) -> None:
         """The scores so far need not be found again."""
         if self.checkpoints is not None:
-            self.checkpoints.scored(self.scores)
+            self.checkpoints.scored(self.scores, self.steps)
 
     def note(self, key: str, value: str) -> None:
         """Something that the record should keep of what follows the last step."""
@@ -119,9 +119,10 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     anatomy = outcome.anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
-    work = set_up(request, model, anatomy, target, pruners, free)
+    outcome.checkpoints = checkpoints = Checkpoints(request, pruners)
+    work = set_up(checkpoints.request, model, anatomy, target, pruners, free)
+    checkpoints.arranged(work.request)
     own_parameters, outcome.batch_size = anatomy.total_parameters, work.request.batch_size
-    outcome.checkpoints = checkpoints = Checkpoints(work.request, pruners)
     outcome.started, outcome.clock = checkpoints.began(outcome.started, outcome.clock)
     standing = checkpoints.restore(anatomy)
     outcome.steps, outcome.crowded, outcome.scores = standing.steps, standing.crowded, checkpoints.scores

@@ -51,7 +51,7 @@ class Workplace:
         tokens = {
             f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in self.request.tokens.items()
         }
-        return Job(
+        job = artefacts.job = Job(
             model=self.model,
             anatomy=self.anatomy,
             target=self.target,
@@ -69,6 +69,7 @@ class Workplace:
             checkpoint=checkpoint,
             **tokens,
         )
+        return job
 
 
 def set_up(

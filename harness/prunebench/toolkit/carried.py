@@ -1,7 +1,8 @@
 """What a method keeps from block to block, written down and put back in place: generators, lists, dictionaries, objects.
 
-Inside may be tensors, None, booleans, numbers, strings, lists, tuples and dictionaries. Objects stay the ones they are: a
-generator is set, a list or dictionary filled anew, and of any other object the attributes are, each in the same way.
+Inside may be tensors, generators, None, booleans, numbers, strings, lists, tuples and dictionaries. Objects stay the ones they
+are: a generator is set, a list or dictionary filled anew, and of any other object the attributes are, each in the same way.
+What is inside lists, tuples and dictionaries is made anew, generators too.
 """
 
 from __future__ import annotations
@@ -41,14 +42,12 @@ def put_back(things: Sequence[object], tensors: Mapping[str, torch.Tensor], writ
 
 
 def _contents(thing: object) -> Any:
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
-    return thing if isinstance(thing, list | dict) else vars(thing)
+    return thing if isinstance(thing, torch.Generator | list | dict) else vars(thing)
 
 
 def _fill(thing: object, content: Any) -> None:
     if isinstance(thing, torch.Generator):
-        thing.set_state(content)
+        thing.set_state(content.get_state())
     elif isinstance(thing, list):
         thing[:] = content
     elif isinstance(thing, MutableMapping):
@@ -65,11 +64,9 @@ def _fill(thing: object, content: Any) -> None:
 
 def _write(value: Any, tensors: Tensors) -> Any:
     if isinstance(value, torch.Generator):
-        value = value.get_state()
+        return {"generator": [_keep(value.get_state(), tensors), str(value.device)]}
     if isinstance(value, torch.Tensor):
-        name = f"carried {len(tensors)}"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": [name, str(value.device)]}
+        return {"tensor": [_keep(value, tensors), str(value.device)]}
     if type(value) in _PLAIN:
         return value
     if isinstance(value, list):
@@ -78,7 +75,16 @@ def _write(value: Any, tensors: Tensors) -> Any:
         return {"tuple": [_write(part, tensors) for part in value]}
     if isinstance(value, dict):
         return {"dict": [[_write(key, tensors), _write(part, tensors)] for key, part in value.items()]}
-    raise ContractError(f"a walk cannot carry {type(value).__name__}: only tensors, numbers, strings, lists, tuples and dicts.")
+    raise ContractError(
+        f"a walk cannot carry {type(value).__name__}: only tensors, generators, numbers, strings, lists, tuples and dicts."
+    )
+
+
+def _keep(tensor: torch.Tensor, tensors: Tensors) -> str:
+    """Its name among the tensors."""
+    name = f"carried {len(tensors)}"
+    tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return name
 
 
 def _read(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -89,6 +95,8 @@ def _read(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     [(kind, content)] = value.items()
     if kind == "tensor":
         return tensors[content[0]].clone().to(content[1])
+    if kind == "generator":
+        return torch.Generator(content[1]).set_state(tensors[content[0]])
     if kind == "tuple":
         return tuple(_read(part, tensors) for part in content)
     return {_read(key, tensors): _read(part, tensors) for key, part in content}

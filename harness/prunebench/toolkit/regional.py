@@ -7,7 +7,7 @@ rounding would be as large as what is to be learned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from prunebench.effort import TO_WEIGHTS, Effort, EffortFacts
 from prunebench.handles import Matrix
 from prunebench.spec import Job
+from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.walk import Block, Replica
 
@@ -83,14 +84,26 @@ class Student:
         with torch.no_grad():
             for matrix, shown in self._shown.items():
                 shown.copy_(matrix.oriented(weights[matrix]))
-            found = torch.cat([self.replica.forward(part) for part in torch.split(inputs, self._job.batch_size)])
+            found = self._passed(self.replica.forward, inputs)
             for matrix, shown in self._shown.items():
                 shown.copy_(own[matrix])
         return nn.functional.mse_loss(found, self._taught(inputs))
 
     def _taught(self, inputs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([self._teacher.forward(part) for part in torch.split(inputs, self._job.batch_size)])
+            return self._passed(self._teacher.forward, inputs)
+
+    def _passed(self, forward: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        """Outputs for inputs [samples, length, hidden], a batch at a time; when memory runs out, again with half of it.
+
+        A step of training works on one sample: where that does not fit, nothing helps.
+        """
+        return halving(
+            self._job,
+            lambda: min(self._job.batch_size, len(inputs)),
+            lambda: torch.cat([forward(part) for part in torch.split(inputs, self._job.batch_size)]),
+            f"block {self._block.index}",
+        )
 
     def _show(self) -> None:
         with torch.no_grad():

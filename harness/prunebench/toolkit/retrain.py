@@ -20,6 +20,7 @@ from prunebench.errors import NonFiniteError, RunError
 from prunebench.spec import Changes, Job, JobFacts, Matrix, option
 from prunebench.toolkit.anatomy import is_norm
 from prunebench.toolkit.lowrank import Kind, LowRank
+from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import at_least_float32
 
@@ -272,8 +273,9 @@ def train(
         settings: steps, learning rate, schedule.
         scope: everything in it is frozen but the parts.
         parts: what is trained.
-        batches: one tensor a step, [batch, ...] on the device; worked on in pieces of the job's batch size.
-        loss: from a piece to the mean loss over its rows.
+        batches: one tensor a step, [batch, ...] on the device; worked on in pieces of the job's batch size, and when memory
+            runs out for one, all of them again in pieces of half the size.
+        loss: from a piece to the mean loss over its rows; draws no random numbers.
         job: for progress and the batch size.
 
     Raises:
@@ -292,15 +294,7 @@ def train(
         for step, batch in enumerate(itertools.islice(batches, settings.steps)):
             job.progress("train", step, settings.steps)
             optimiser.param_groups[0]["lr"] = settings.rate(step)
-            total = torch.zeros((), device=job.device)
-            for piece in torch.split(batch, job.batch_size):
-                with torch.autocast(job.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                    found = loss(piece) * (len(piece) / len(batch))
-                found.backward()  # type: ignore[no-untyped-call]
-                total += found.detach()
-                for part in parts:  # now, as gradients of 16 bits should not add up in 16 bits
-                    part.collect_gradients()
-            losses.append(total)
+            losses.append(_gradients(settings, scope, parts, batch, loss, job, f"training step {step + 1}"))
             nn.utils.clip_grad_norm_(parameters, CLIP)
             optimiser.step()
             optimiser.zero_grad()
@@ -311,6 +305,29 @@ def train(
         if not math.isfinite(value):
             raise NonFiniteError(f"the training loss is {value} at step {step + 1} of {settings.steps}; a lower rate may help.")
     return Trained(count, values)
+
+
+def _gradients(
+    settings: Retraining, scope: Scope, parts: Sequence[Part], batch: torch.Tensor, loss: Loss, job: Job, where: str
+) -> torch.Tensor:
+    """The mean loss of a step's batch, a scalar on the device; its gradients are left in the parts' parameters."""
+
+    def attempt() -> torch.Tensor:
+        scope.root.zero_grad()  # what a piece that failed left in the model
+        for part in parts:
+            for parameter in part.parameters:
+                parameter.grad = None
+        total = torch.zeros((), device=job.device)
+        for piece in torch.split(batch, job.batch_size):
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                found = loss(piece) * (len(piece) / len(batch))
+            found.backward()  # type: ignore[no-untyped-call]
+            total += found.detach()
+            for part in parts:  # now, as gradients of 16 bits should not add up in 16 bits
+                part.collect_gradients()
+        return total
+
+    return halving(job, lambda: min(job.batch_size, len(batch)), attempt, where)
 
 
 @contextmanager

@@ -470,11 +470,13 @@ def python_path(folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def start_command(*args: str | Path, path: Path | None = None, cwd: Path | None = None, **environment: str) -> Any:
-    """The real command in a session of its own; `path` goes on PYTHONPATH."""
+def start_command(
+    *args: str | Path, path: Path | None = None, cwd: Path | None = None, under: Sequence[str] = (), **environment: str
+) -> Any:
+    """The real command in a session of its own; `path` goes on PYTHONPATH, and `under` is a command that limits another."""
     more = {"PYTHONPATH": python_path(path)} if path else {}
     return subprocess.Popen(
-        [Path(sys.executable).with_name("prunebench"), *map(str, args)],
+        [*under, Path(sys.executable).with_name("prunebench"), *map(str, args)],
         cwd=cwd,
         # Waiting threads sleep: spinning ones of several processes starve each other on few cores.
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", **more, **environment},

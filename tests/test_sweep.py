@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from prunebench.bench.executors import Listener
 from prunebench.bench.plan import Prediction, RunRequest
 from prunebench.bench.runner import Outcome, make_record
 from prunebench.bench.sweep import Summary, split_settled, sweep
+from prunebench.errors import StoreError, WriteError
 from prunebench.results.journal import Claim, Journal
 from prunebench.results.records import Failure, RunRecord
 from prunebench.results.store import ResultStore
@@ -33,6 +35,8 @@ class Scripted:
         self.queue: list[RunRequest] = []
         self.handed: list[list[str]] = []
         self.done: list[str] = []
+
+    def check(self, requests: Sequence[RunRequest]) -> None: ...
 
     def room(self) -> int:
         return self.slots - len(self.queue)
@@ -328,6 +332,42 @@ def test_the_lock_is_let_go_after_every_run(requests: list[RunRequest], store: R
     for request in requests:
         held(store, request).release()
     assert (Journal(store.folder).runs(), Journal(store.folder).sweeps()) == ([], [])
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(requests: list[RunRequest], store: ResultStore) -> None:
+    store.folder.mkdir()
+    (store.folder / ".journal").touch()
+    executor = Scripted()
+    with pytest.raises(StoreError, match=r"^the results folder .* cannot be written: File exists\.$"):
+        sweep(requests, store, executor, Watcher(), again=False)
+    assert executor.handed == []
+
+
+def test_a_folder_that_cannot_be_written_any_more_is_no_wrong_request(requests: list[RunRequest], store: ResultStore) -> None:
+    class Sealing(Scripted):
+        """After its first run nothing can be claimed."""
+
+        def wait(self, listener: Listener, seconds: float) -> None:
+            super().wait(listener, seconds)
+            shutil.rmtree(store.folder / ".journal")
+            (store.folder / ".journal").touch()
+
+    executor = Sealing()
+    with pytest.raises(WriteError, match=r"^the results folder .* cannot be written: File exists\.$"):
+        sweep(requests, store, executor, Watcher(), again=False)
+    assert (executor.done, len(store.all())) == (["dense"], 1)
+
+
+def test_what_is_told_is_what_was_written(
+    requests: list[RunRequest], store: ResultStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that nobody could read again is kept as a failure."""
+    monkeypatch.setattr("prunebench.results.store.MAX_RECORD_BYTES", 1000)
+    watcher = Watcher()
+    summary = sweep(requests[:1], store, Scripted(), watcher, again=False)
+    assert (summary.count("ok"), summary.count("failed")) == (0, 1)
+    assert watcher.calls[-1] == ("run_ended", 1, "dense", "failed", b"what it wrote", ".json")
+    assert "cannot be kept: it is larger than" in str(summary.records[0].reason)
 
 
 # Several at a time

@@ -42,6 +42,9 @@ class Executor(Protocol):
     keeps_records: bool
     """Each run claims its place in the journal and writes its record where it happens; otherwise the sweep does both."""
 
+    def check(self, requests: Sequence[RunRequest]) -> None:
+        """Raise a RequestError where one of the runs to come asks for what there is not; before any is handed over."""
+
     def room(self) -> int:
         """How many more runs may be handed over now."""
 
@@ -66,6 +69,9 @@ class InlineExecutor:
 
     def __init__(self) -> None:
         self._queue: deque[RunRequest] = deque()
+
+    def check(self, requests: Sequence[RunRequest]) -> None:
+        """Nothing is asked for."""
 
     def room(self) -> int:
         """One at a time."""

@@ -102,12 +102,13 @@ def run(
         return
     requests = limited(_requests(planner, suite, only))
     todo, done = split_settled(requests, store, planner.machine, again, endings)
-    if todo and not cluster:
-        todo = with_predictions(todo, store, planner)
     store.check_writable()
     display = SweepDisplay(terminal)
-    display.started(todo, len(done), min(chosen.room(), len(todo)))
     try:
+        chosen.check(todo)
+        if todo and not cluster:
+            todo = with_predictions(todo, store, planner)
+        display.started(todo, len(done), min(chosen.room(), len(todo)))
         summary = sweep(todo, store, chosen, display, again, len(done))
     finally:
         display.close()

@@ -118,7 +118,7 @@ class Imports(ast.NodeVisitor):
             base = ".".join([*around[: len(around) - node.level + 1], base]).removesuffix(".")
         self._add(base, node.lineno)
         for alias in node.names:
-            if f"{base}.{alias.name}" in FILES:
+            if f"{base}.{alias.name}" in {*FILES, "rich.markup"}:
                 self._add(f"{base}.{alias.name}", node.lineno)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -169,6 +169,8 @@ def faults(module: str, found: list[Import]) -> Iterator[str]:
             yield from (f"{place}: {reason}" for reason in fault_inside(module, own, layer, item))
         elif layer.outside is not None and top not in layer.outside and not (item.for_types and top in layer.for_types):
             yield f"{place}: {own} may not use {top}"
+        elif item.module == "rich.markup":
+            yield f"{place}: what comes from outside is escaped by prunebench.plain, which leaves no way around"
         elif top == "lm_eval" and not module.startswith("prunebench.bench.evals."):
             yield f"{place}: lm_eval is for bench/evals only"
         elif own == "cli" and not item.lazy and top not in {"typer", "rich", "click"}:
@@ -269,6 +271,8 @@ def test_every_folder_of_sources_was_read() -> None:
         ("prunebench_pruners.wanda", "from prunebench.results.records import RunRecord"),
         ("prunebench_pruners.wanda", "from prunebench.plugins import load_registry"),
         ("prunebench_pruners.wanda", "import pandas"),
+        ("prunebench.show", "from rich.markup import escape"),
+        ("prunebench.bench.display", "def f():\n    from rich import markup"),
         ("prunebench.drawer", "import os"),
     ],
 )

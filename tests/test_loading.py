@@ -17,13 +17,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Bench, same_bits, tiny
+from support import Bench, cases, same_bits, tiny
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from prunebench.errors import DataError, ModelError
 from prunebench.toolkit.calibration import calibration_tokens
-from prunebench.toolkit.loading import DTYPES, ModelSource, identify, load_model, quiet_transformers, resolve_model
+from prunebench.toolkit.loading import (
+    DTYPES,
+    ModelSource,
+    check_unchanged,
+    identify,
+    load_model,
+    quiet_transformers,
+    resolve_model,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -418,6 +426,40 @@ def test_the_tokenizer_has_a_hash_of_its_own(model: Path) -> None:
     second = identify(source_of(model))
     assert second.tokenizer_hash != first.tokenizer_hash
     assert second.weights == first.weights
+
+
+def test_an_untouched_model_is_not_read_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one would take minutes at each run."""
+    found, opened, really_open = identify(source_of(model)), [], Path.open
+
+    def watched(self: Path, *args: Any, **options: Any) -> Any:
+        opened.append(self.name)
+        return really_open(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", watched)
+    check_unchanged(source_of(model), found.weights, found.tokenizer_hash)
+    assert "model.safetensors" not in opened
+    (model / "model.safetensors").touch()
+    check_unchanged(source_of(model), found.weights, found.tokenizer_hash)
+    assert "model.safetensors" in opened, "it might have been written anew"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    cases(
+        {
+            "a bit": (lambda model: flip_bit(model / "model.safetensors"), "is not the model any more"),
+            "a setting": (lambda model: change_config(model, rms_norm_eps=1e-3), "is not the model any more"),
+            "the tokenizer": (lambda model: (model / "tokenizer_config.json").unlink(), "is not the model any more"),
+            "no weights": (lambda model: (model / "model.safetensors").unlink(), "holds no .safetensors file"),
+            "no folder": (shutil.rmtree, "holds no .safetensors file"),
+        }
+    ),
+)
+def test_a_model_that_was_changed_since_is_noticed(model: Path, change: Callable[[Path], object], said: str) -> None:
+    found = identify(source_of(model))
+    change(model)
+    assert said in complaint(lambda: check_unchanged(source_of(model), found.weights, found.tokenizer_hash))
 
 
 def test_identifying_reads_no_weights_into_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.checkpoints import clear, clear_older
 from prunebench.bench.plan import RunRequest
 from prunebench.results.records import RunRecord
-from prunebench.spec import Claims, Eval, EvalFacts, EvalJob, Job, Progress, Score
+from prunebench.spec import Claims, Job, Progress
 from prunebench.toolkit import phase, walk
 from prunebench.toolkit.carried import put_back, written
 from prunebench_pruners.wanda import Wanda
@@ -498,16 +498,25 @@ def test_a_run_that_is_done_again_takes_no_checkpoint_from_before(request_of: Ca
 # Code of plugins
 
 
+THEIRS = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prunebench.spec import Eval, Score
+
+
+@dataclass
 class Theirs(Eval):
     """From a namespace package."""
 
-    name = "theirs"
+    name: ClassVar[str] = "theirs"
 
-    def conditions(self, facts: EvalFacts) -> dict[str, Any]:
+    def conditions(self, facts):
         return {"eval": "theirs"}
 
-    def measure(self, job: EvalJob) -> Score:
+    def measure(self, job):
         return Score(1.0, "of them", True)
+'''
 
 
 def test_plugins_of_a_namespace_package_count_evaluations_too(
@@ -515,15 +524,14 @@ def test_plugins_of_a_namespace_package_count_evaluations_too(
 ) -> None:
     file = tmp_path / "source" / "theirs_by_name" / "part" / "plugin.py"
     file.parent.mkdir(parents=True)
-    file.write_text("one = 1\n")
+    file.write_text(THEIRS)
     file.with_name("gone.py").symlink_to("nowhere")  # as an editor's lock
     monkeypatch.syspath_prepend(tmp_path / "source")
-    monkeypatch.setitem(sys.modules, "theirs_by_name", importlib.import_module("theirs_by_name"))
-    monkeypatch.setattr(Theirs, "__module__", "theirs_by_name.part.plugin")
-    register(Theirs)
+    register(importlib.import_module("theirs_by_name.part.plugin").Theirs)
+    assert sys.modules["theirs_by_name"].__file__ is None
     request = request_of("wanda", evals=["theirs"])
     killed(request, "block", 2)
-    file.write_text("one = 2\n")
+    file.write_text(THEIRS + "# another line")
     code_digest.cache_clear()
     assert run(request).record.steps[0].notes == {"checkpoint discarded": "it was made with another code."}
 

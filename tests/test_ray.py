@@ -107,9 +107,9 @@ def done(plugin: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -
                 mark.with_suffix(".go").touch()
         session = [child.pid for child in psutil.Process().children(recursive=True) if "ray" in " ".join(child.cmdline())]
         assert session
-        node, places = executor._ray.get_runtime_context().get_node_id(), ((os.getpid(), None), (killed, None), (1, "f" * 56))
+        node, places = executor._ray.get_runtime_context().get_node_id(), ((os.getpid(), None), (killed, None), (1, "ab" * 28))
         asked = [Task(requests["late"], None, node=other or node, process=process) for process, other in places]
-        lives = [executor._lives(task) for task in asked]
+        lives = [executor._node_says(task) for task in asked]
         temporary = executor._folder
         executor.close()
     load_registry.cache_clear()
@@ -347,21 +347,26 @@ def test_a_run_that_says_it_is_beyond_its_memory_is_ended(bench: Bench, tmp_path
 
 @needs_ray
 @pytest.mark.parametrize("lives", [True, False])
-def test_only_a_run_at_work_is_late(lives: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("here", [True, False], ids=["here", "elsewhere"])
+def test_only_a_run_at_work_is_late(
+    lives: bool, here: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One whose worker died waits for another, however long."""
     [request] = bench.requests(tmp_path, "magnitude")
     request = dataclasses.replace(request, timeout=5.0)
     executor, heard = with_tasks({}, request, 1, 0, 0), Heard()
-    task = executor._tasks[request.spec.id] = Task(request, "reference", began=time.monotonic() - 6.0)
+    task = executor._tasks[request.spec.id] = Task(request, "reference", began=time.monotonic() - 6.0, node="node")
+    task.process = os.getpid() if lives and here else 0
     letters: list[Any] = []
     executor._ray = SimpleNamespace(
         exceptions=SimpleNamespace(RayError=OSError),
         wait=lambda references, **options: ([], references),
         get=lambda asked: [letters.pop() for _ in letters],
         cancel=lambda reference, force: None,
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "node" if here else "another"),
     )
     executor._mailbox = SimpleNamespace(take=SimpleNamespace(remote=lambda: None))
-    monkeypatch.setattr(RayExecutor, "_lives", lambda self, task: lives)
+    monkeypatch.setattr(RayExecutor, "_node_says", lambda self, task: lives)
     executor.wait(heard, 0)
     if lives:
         assert [record.failure.kind for record in heard.records.values() if record.failure] == ["timeout"]

@@ -568,6 +568,8 @@ def test_an_interruption_ends_the_jobs(bench: Bench, tmp_path: Path, monkeypatch
             executor.wait(heard, 0.1)
         family = [*at_work(tmp_path / "results").values(), int((tmp_path / "mark").read_text())]
     finally:
+        jobs = [submitted.job for submitted in executor._submitted.values()]
         executor.close()
     wait_for(lambda: not any(map(alive, family)), 30)
+    wait_for(lambda: all(job.done() for job in jobs), 30)  # or Python complains that nobody waited for the process
     assert (heard.records, records(tmp_path / "results")) == ({}, [])

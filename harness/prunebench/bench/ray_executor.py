@@ -227,7 +227,13 @@ class RayExecutor:
                 other.shared = task.shared = True
 
     def _lives(self, task: Task) -> bool:
-        """Ask a task's node about its worker: of one that died Ray says nothing while it looks for another."""
+        """Whether a task's worker is there: of one that died Ray says nothing while it looks for another."""
+        if task.node == self._ray.get_runtime_context().get_node_id():
+            return psutil.pid_exists(task.process)
+        return self._node_says(task)
+
+    def _node_says(self, task: Task) -> bool:
+        """The same, asked on the node by a small task."""
         on_node = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(task.node, soft=False)
         ask = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(psutil.pid_exists)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from support import Bench, Ran, install_plugin, start_command, tree
 
 from prunebench.bench import sweep as bench_sweep
+from prunebench.bench.checkpoint_files import MANIFEST
 from prunebench.bench.executors import Listener
 from prunebench.bench.plan import Prediction, RunRequest
 from prunebench.bench.runner import Outcome, make_record
@@ -446,6 +448,30 @@ def test_a_checkpoint_goes_when_the_run_is_done(requests: list[RunRequest], stor
     asked = [dataclasses.replace(r, checkpoints=str(folder)) for r, folder in zip(requests, folders, strict=True)]
     do(asked, store, random="failed", wanda="refused")
     assert [folder.exists() for folder in folders] == [False, False, True, False]
+
+
+def test_asked_for_again_a_run_does_not_go_on_from_an_old_checkpoint(
+    requests: list[RunRequest], store: ResultStore, tmp_path: Path
+) -> None:
+    """From one that was left behind before the run was settled; one of a run again that was killed counts."""
+    there = []
+
+    class Looking(Scripted):
+        def record(self, request: RunRequest) -> RunRecord:
+            there.append((request.spec.method, manifest(request).exists()))
+            return super().record(request)
+
+    def manifest(request: RunRequest) -> Path:
+        return Path(request.checkpoints or "") / MANIFEST
+
+    asked = [dataclasses.replace(r, checkpoints=str(tmp_path / r.spec.method)) for r in requests[:2]]
+    do(asked, store)
+    for request, hours in zip(asked, (-1, 1), strict=True):
+        manifest(request).parent.mkdir()
+        manifest(request).touch()
+        os.utime(manifest(request), times=(time.time() + 3600 * hours,) * 2)
+    sweep(asked, store, Looking(), Watcher(), again=True)
+    assert there == [("dense", False), ("magnitude", True)]
 
 
 MEETING = '''

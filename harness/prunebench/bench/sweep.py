@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from prunebench.bench.checkpoints import clear
+from prunebench.bench.checkpoints import clear, clear_older
 from prunebench.bench.executors import Executor
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import run_label
@@ -198,6 +198,9 @@ class _Sweep:
             self._summary.elsewhere += 1
             self._watcher.run_done_elsewhere(number)
         else:
+            if self._again:  # a measurement of its own, and not what an earlier one left behind
+                found = self._store.of_run(request.machine, request.spec.id)
+                clear_older(request, [stored.record for stored in found if stored.record.status != "failed"])
             self._hand_over([(number, request, claim)])
 
     def _is_done_elsewhere(self, request: RunRequest) -> bool:

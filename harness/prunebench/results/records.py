@@ -205,7 +205,7 @@ class Provenance(_Frozen):
     threads: int
     batch_size: int
     executor: str
-    shared_machine: bool = Field(description="other processes took cores that a step needed, so costs are not ranked")
+    shared_machine: bool = Field(description="a step shared the machine, or the run went on after a kill; costs are not ranked")
     started: str = Field(description="UTC, ISO 8601")
     seconds: float = Field(description="the whole run, with loading and evaluation")
     predicted_seconds: float | None = Field(default=None, description="what the cost model said before the run of `seconds`")

@@ -561,6 +561,8 @@ def test_an_interruption_ends_the_jobs(bench: Bench, tmp_path: Path, monkeypatch
     [request] = bench.requests(tmp_path, f"hostile[how=wait,mark={tmp_path / 'mark'}]")
     load_registry.cache_clear()
     executor, heard = SlurmExecutor(1, tmp_path / "results", cluster="local"), Heard()
+    # submitit interrupts local jobs, and a job would inherit it if the shell has these tests in the background, uninterruptible.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     executor.start([dataclasses.replace(request, timeout=PATIENCE)])
     try:
         end = time.monotonic() + PATIENCE
@@ -568,6 +570,7 @@ def test_an_interruption_ends_the_jobs(bench: Bench, tmp_path: Path, monkeypatch
             executor.wait(heard, 0.1)
         family = [*at_work(tmp_path / "results").values(), int((tmp_path / "mark").read_text())]
     finally:
+        signal.signal(signal.SIGINT, earlier)
         jobs = [submitted.job for submitted in executor._submitted.values()]
         executor.close()
     wait_for(lambda: not any(map(alive, family)), 30)

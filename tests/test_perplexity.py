@@ -379,7 +379,7 @@ def test_wiki7m_on_c4(mirror: Path) -> None:
     assert score.value == pytest.approx(95.44, abs=5e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # on the whole text; the golden tests read it too
 def test_wiki7m_on_wikitext(mirror: Path) -> None:
     score = on_mirror(mirror, "wiki7m", data="wikitext2", window=512)
     assert len(score.items["nll"]) == 740

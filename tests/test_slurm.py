@@ -561,7 +561,7 @@ def test_an_interruption_ends_the_jobs(bench: Bench, tmp_path: Path, monkeypatch
     [request] = bench.requests(tmp_path, f"hostile[how=wait,mark={tmp_path / 'mark'}]")
     load_registry.cache_clear()
     executor, heard = SlurmExecutor(1, tmp_path / "results", cluster="local"), Heard()
-    # submitit interrupts local jobs, and a job would inherit it if the shell has these tests in the background, uninterruptible.
+    # submitit interrupts local jobs, which would not hear it where the shell has these tests in the background.
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     executor.start([dataclasses.replace(request, timeout=PATIENCE)])
     try:

@@ -111,8 +111,17 @@ def test_wanda(name: str, target: str) -> None:
     check_masks_and_perplexity(name, "wanda", job)
 
 
-@EVERY_CASE
-@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize(
+    ("name", "target", "norm"),
+    [
+        *(("stories260K", target, norm) for target in ("0.5", "0.6", "2:4") for norm in ("l1", "l2")),
+        *(pytest.param("wiki7m", *case, marks=pytest.mark.slow) for case in (("0.5", "l1"), ("2:4", "l2"))),
+        *(
+            pytest.param("wiki7m", *case, marks=pytest.mark.soak)
+            for case in (("0.5", "l2"), ("2:4", "l1"), ("4:8", "l1"), ("4:8", "l2"))
+        ),
+    ],
+)
 def test_gblm(name: str, target: str, norm: Literal["l1", "l2"]) -> None:
     """Against the authors' code with float32 accumulators."""
     job = golden_job(name, target)

@@ -412,7 +412,7 @@ def test_a_line_a_run_and_what_it_rests_on(here: Path, bench: Bench, command: Co
     out = command("run", "here.toml", "--dry-run").out
     assert re.search(r"\n? *done  [0-9a-f]{12} {22} *tiny dense\n", out)
     out = command("run", "here.toml", "--dry-run", "--again").out
-    assert re.search(r"\n to do  [0-9a-f]{12} +\d+ s +\d+ MiB  tiny magnitude 0\.5\n", out)
+    assert re.search(r"\n to do  [0-9a-f]{12} +\d+ s +[\d.]+ [MG]iB  tiny magnitude 0\.5\n", out)
     assert "\n  rests on records of the same runs 100%\n" in out
     assert "measured here" not in out
 

@@ -86,8 +86,9 @@ def run_processes(command: Any) -> list[psutil.Process]:
 
 
 def in_journal(results: Path) -> list[str]:
-    """What is left there of runs that ended."""
-    return [path.name for path in (results / ".journal").iterdir() if path.suffix not in (".lock", ".log")]
+    """What is left there of runs that ended; the page of a sweep that died with nothing to do stays until the next one."""
+    left = [path.name for path in (results / ".journal").iterdir() if path.suffix not in (".lock", ".log")]
+    return [name for name in left if not name.startswith("sweep-")]
 
 
 KILLS = [2, pytest.param(50, marks=pytest.mark.soak, id="50")]
@@ -128,6 +129,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_done_twice(kills: int, bench: B
     assert (ran.code, ran.err) == (0, "")
     ok = [record for record in records_of(results) if record.status == "ok"]
     assert len(ok) == len({record.id for record in ok}) == 1 + 2 + 6 + 6
+    assert run_command("status", "--results", results).out == f"Nothing is running in {results}.\n"
     assert in_journal(results) == []
 
 

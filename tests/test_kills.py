@@ -155,7 +155,8 @@ def test_killed_at_a_block_a_run_goes_on_there_with_the_same_bits(
     (whole,) = (record for record in found if record.spec.steps[0].text == f"dying[mark={tmp_path}]")
     resumed = [record for record in found if record.status == "ok" and record is not whole]
     assert len(resumed) == len(blocks)
-    for record, block in zip(sorted(resumed, key=lambda each: each.spec.method), blocks, strict=True):
+    for record in resumed:
+        block = int("at=1" in record.spec.method)  # 0 is the default, and not written
         assert record.audit == whole.audit
         assert record.scores["perplexity"].items == whole.scores["perplexity"].items
         notes = record.steps[0].notes

@@ -323,7 +323,7 @@ def test_a_run_beyond_its_memory_says_so_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ray_worker, "MEMORY_SECONDS", 0)
     letters: list[Any] = []
     watch_memory(1.5 * (1 << 30), letters.append)
-    assert letters == [("beyond", ("the run used more memory than its limit of 1.5 GiB.",))]
+    assert letters == [("beyond", (1.5 * (1 << 30),))]
 
 
 @needs_ray
@@ -332,7 +332,8 @@ def test_a_run_that_says_it_is_beyond_its_memory_is_ended(bench: Bench, tmp_path
     run, cancelled, heard = request.spec.id, [], Heard()
     executor = with_tasks({}, request, 1, 0, 0)
     executor._tasks[run] = Task(request, "reference", began=time.monotonic())
-    letters = [("stranger", "progress", ("load", 0, 1)), (run, "beyond", ("too much.",)), (run, "progress", ("load", 0, 1))]
+    beyond = (run, "beyond", (1.5 * (1 << 30),))
+    letters = [("stranger", "progress", ("load", 0, 1)), beyond, (run, "progress", ("load", 0, 1))]
     executor._ray = SimpleNamespace(
         exceptions=SimpleNamespace(RayError=OSError),
         get=lambda asked: asked,
@@ -342,7 +343,8 @@ def test_a_run_that_says_it_is_beyond_its_memory_is_ended(bench: Bench, tmp_path
     executor._read_mail(heard)
     failure = heard.records[run].failure
     assert failure is not None
-    assert (failure.kind, failure.message, cancelled) == ("oom", "too much.", [("reference", True)])
+    said = "the run used more memory than its limit of 1.5 GiB."
+    assert (failure.kind, failure.message, cancelled) == ("oom", said, [("reference", True)])
 
 
 @needs_ray

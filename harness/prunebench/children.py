@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
@@ -72,6 +73,12 @@ def settle_in(log: Path) -> bool:
         return False  # the command was interrupted while this process started
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is printed outlives a crash
     return True
+
+
+def log_failures() -> None:
+    """In the child: what a failed run raised, with its traceback, is for the log; the record has the message."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("prunebench").setLevel(logging.INFO)
 
 
 def forget_lines() -> None:

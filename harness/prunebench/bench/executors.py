@@ -139,6 +139,18 @@ def make_executor(
     return InlineExecutor()
 
 
+def beyond_time(limit: float) -> Failure:
+    """Of a run that took longer than so many seconds."""
+    message = f"the run took longer than its limit of {limit:g} seconds."
+    return Failure(kind="timeout", type="TimeoutError", message=message, step=None)
+
+
+def beyond_memory(limit: float) -> Failure:
+    """Of a run that used more than so many bytes."""
+    message = f"the run used more memory than its limit of {limit / (1 << 30):g} GiB."
+    return Failure(kind="oom", type="MemoryLimit", message=message, step=None)
+
+
 def failed_record(request: RunRequest, failure: Failure, executor: str, started: float) -> RunRecord:
     """The record of a run that left none itself; `started` is `time.monotonic()` of then."""
     from prunebench.bench.runner import Outcome, make_record

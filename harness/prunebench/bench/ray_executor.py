@@ -23,11 +23,11 @@ import psutil
 
 from prunebench.bench.ray_worker import EXECUTOR, Letter, Mailbox, work
 from prunebench.errors import RequestError, first_line
+from prunebench.results.records import Failure, RunRecord
 
 if TYPE_CHECKING:
     from prunebench.bench.executors import Listener
     from prunebench.bench.plan import RunRequest
-    from prunebench.results.records import Failure
 
 RETRIES = 2
 """How often a run is begun anew whose worker died."""
@@ -129,6 +129,8 @@ class RayExecutor:
 
     def wait(self, listener: Listener, seconds: float) -> None:
         """Pass on what the workers say, and take the records of those that are done."""
+        from prunebench.bench.executors import beyond_time
+
         if not self._tasks:
             return
         references = [task.reference for task in self._tasks.values()]
@@ -140,8 +142,7 @@ class RayExecutor:
             elif task.is_late() and not self._lives(task):
                 task.began, task.handed = None, time.monotonic()
             elif task.is_late():
-                message = f"the run took longer than its limit of {task.request.timeout:g} seconds."
-                self._give_up(run, "timeout", "TimeoutError", message, listener)
+                self._give_up(run, beyond_time(task.request.timeout or 0), listener)
 
     def close(self) -> None:
         """End the tasks; a Ray that was started here ends, a cluster stays."""
@@ -205,6 +206,8 @@ class RayExecutor:
         return {"CPU": cpus, "GPU": resources.gpus, "memory": int(resources.memory or request.memory or 0)}
 
     def _read_mail(self, listener: Listener) -> None:
+        from prunebench.bench.executors import beyond_memory
+
         letters: list[Letter] = []
         with suppress(self._ray.exceptions.RayError):  # what was in a mailbox that died was progress only
             letters = self._ray.get(self._mailbox.take.remote())
@@ -218,7 +221,7 @@ class RayExecutor:
             elif kind == "progress":
                 listener.progress(run, *content)
             else:
-                self._give_up(run, "oom", "MemoryLimit", content[0], listener)
+                self._give_up(run, beyond_memory(*content), listener)
 
     def _begin(self, task: Task, node: str, process: int) -> None:
         task.began, task.node, task.process = time.monotonic(), node, process
@@ -246,35 +249,27 @@ class RayExecutor:
     def _take(self, run: str, task: Task, listener: Listener) -> None:
         """The record of a task that is done, or of how it died."""
         from prunebench.bench.executors import failed_record
-        from prunebench.results.records import RunRecord
 
         try:
             content, log = self._ray.get(task.reference)
             record = RunRecord.model_validate_json(content)
         except self._ray.exceptions.RayError as error:
             record, log = failed_record(task.request, explained(error), self.name, task.began or task.handed), b""
-        if task.shared:
-            provenance = record.provenance.model_copy(update={"shared_machine": True})
-            record = record.model_copy(update={"provenance": provenance})
         del self._tasks[run]
-        listener.ended(run, record, log)
+        listener.ended(run, record.on_shared_machine() if task.shared else record, log)
 
-    def _give_up(self, run: str, kind: Any, name: str, message: str, listener: Listener) -> None:
+    def _give_up(self, run: str, failure: Failure, listener: Listener) -> None:
         """End a run that is beyond a limit; Ray gives its place away once its worker is gone."""
         from prunebench.bench.executors import failed_record
-        from prunebench.results.records import Failure
 
         task = self._tasks.pop(run)
         self._ray.cancel(task.reference, force=True)
-        failure = Failure(kind=kind, type=name, message=message, step=None)
         listener.ended(run, failed_record(task.request, failure, self.name, task.began or task.handed))
 
 
 def explained(error: Exception) -> Failure:
     """Why a task came to no record, as Ray says it."""
     from ray import exceptions
-
-    from prunebench.results.records import Failure
 
     said, name = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, exceptions.OutOfMemoryError):

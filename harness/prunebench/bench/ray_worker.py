@@ -5,7 +5,6 @@ Nothing heavy is imported with this module, because the mailbox's process import
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -14,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
+
+from prunebench.children import log_failures
 
 if TYPE_CHECKING:
     from prunebench.bench.plan import RunRequest
@@ -70,9 +71,7 @@ def own_log() -> IO[bytes]:
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         stream.flush()
         os.dup2(file.fileno(), descriptor)
-    # What a failed run raised, with its traceback, is for the log; the record has the message.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("prunebench").setLevel(logging.INFO)
+    log_failures()
     return file
 
 
@@ -92,4 +91,4 @@ def watch_memory(limit: float, tell: Callable[[tuple[str, tuple[Any, ...]]], Non
 
     while used_bytes(os.getpid()) <= limit:
         time.sleep(MEMORY_SECONDS)
-    tell(("beyond", (f"the run used more memory than its limit of {limit / (1 << 30):g} GiB.",)))
+    tell(("beyond", (limit,)))

@@ -6,7 +6,6 @@ whatever the number of jobs, so its bits are the same; its costs are marked, bec
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import multiprocessing.connection
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from prunebench.bench.executors import Listener, failed_record
+from prunebench.bench.executors import Listener, beyond_memory, beyond_time, failed_record
 from prunebench.bench.plan import RunRequest
 from prunebench.children import (
     ASKED_TO_END,
@@ -28,6 +27,7 @@ from prunebench.children import (
     end_child,
     ended_by,
     last_lines,
+    log_failures,
     settle_in,
 )
 from prunebench.errors import RequestError, StoreError
@@ -174,15 +174,13 @@ class Child:
         """Why the run has to be ended now, if it has."""
         timeout, now = self.request.timeout, time.monotonic()
         if timeout is not None and now - self._started > timeout:
-            message = f"the run took longer than its limit of {timeout:g} seconds."
-            return Failure(kind="timeout", type="TimeoutError", message=message, step=None)
+            return beyond_time(timeout)
         if now - self._looked > MEMORY_SECONDS:
             self._looked = now
             self._shorten_log()
             limit = self.request.memory
             if limit is not None and self.process.pid is not None and used_bytes(self.process.pid) > limit:
-                message = f"the run used more memory than its limit of {limit / (1 << 30):g} GiB."
-                return Failure(kind="oom", type="MemoryLimit", message=message, step=None)
+                return beyond_memory(limit)
         return None
 
     def _shorten_log(self) -> None:
@@ -191,10 +189,7 @@ class Child:
                 self.log.write_bytes(self.read_log())
 
     def _marked(self, record: RunRecord) -> RunRecord:
-        if not self.shared:
-            return record
-        provenance = record.provenance.model_copy(update={"shared_machine": True})
-        return record.model_copy(update={"provenance": provenance})
+        return record.on_shared_machine() if self.shared else record
 
 
 def leases(device: str, jobs: int) -> list[str]:
@@ -256,9 +251,7 @@ def _work(pipe: multiprocessing.connection.Connection, request: RunRequest, log:
     """The child: run, send progress now and then, send the record."""
     if not settle_in(Path(log)):
         return
-    # What a failed run raised, with its traceback, is for the log; the record has the message.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("prunebench").setLevel(logging.INFO)
+    log_failures()
     if request.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(request.device))  # a method that says plain "cuda" means this one
     from prunebench.bench.runner import run

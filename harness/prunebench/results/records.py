@@ -261,6 +261,10 @@ class RunRecord(_Frozen):
         host = [step.peak_host_bytes for step in self.steps if step.peak_host_bytes is not None]
         return max(device or host, default=None)
 
+    def on_shared_machine(self) -> RunRecord:
+        """The same of a run that had others at work beside it: its costs are not ranked."""
+        return self.model_copy(update={"provenance": self.provenance.model_copy(update={"shared_machine": True})})
+
     def to_json(self) -> str:
         """Readable JSON with the checksum at its end."""
         data = self.model_dump(mode="json", by_alias=True)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prunebench.results.files import write_aside
+from prunebench.results.files import sync_folder, write_aside
 from prunebench.spec import JsonDict
 
 MANIFEST = "manifest.json"
@@ -86,9 +86,9 @@ class CheckpointFolder:
         sums = {name: self._sums[name] for name in files}
         said = json.loads(json.dumps(said))  # as it will be read
         text = json.dumps({"files": sums, "said": said, "sum": _digest_json(said)})
-        self._sync()
+        sync_folder(self._folder)
         write_aside(self._folder, text).replace(self._folder / MANIFEST)
-        self._sync()
+        sync_folder(self._folder)
         self._sums = sums
         self._remove(keep={MANIFEST, *files})
 
@@ -112,14 +112,6 @@ class CheckpointFolder:
             return path.parent == self._folder and path.stat().st_size == size and _digest_file(path) == digest
         except OSError:
             return False
-
-    def _sync(self) -> None:
-        """Make the folder's entries durable."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _Tensors(Mapping[str, torch.Tensor]):

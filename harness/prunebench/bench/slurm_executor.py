@@ -59,7 +59,7 @@ class Submitted:
     request: RunRequest
     job: Any
     before: frozenset[str]
-    """Records of the run that were there already."""
+    """Files of the run that were there already."""
     page: datetime | None = None
     """When the run that is at work began, as its page says; a preempted one begins again."""
     began: float | None = None
@@ -172,7 +172,7 @@ class SlurmExecutor:
         self._folder.chmod(0o700)  # jobs load what lies there
         arrays, self._waiting = self._arrays(self._waiting), []
         for options, group in arrays:
-            known = [frozenset(stored.path for stored in self._store.of_run(r.machine, r.spec.id)) for r in group]
+            known = [self._store.paths_of_run(request.machine, request.spec.id) for request in group]
             try:
                 executor = submitit.AutoExecutor(self._folder, cluster=self._cluster, slurm_max_num_timeout=QUEUED_ANEW)
                 executor.update_parameters(**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -111,12 +111,13 @@ def sweep(
     """
     if not todo:
         return Summary()
+    before = {request.spec.id: store.paths_of_run(request.machine, request.spec.id) for request in todo}
     runs = [
         SweepRun(
             id=request.spec.id,
             label=run_label(request.spec),
             predicted_seconds=request.predicted.seconds if request.predicted else None,
-            records=len(store.names_of_run(request.machine, request.spec.id)),
+            records=len(before[request.spec.id]),
         )
         for request in todo
     ]
@@ -124,7 +125,7 @@ def sweep(
     journal, jobs = Journal(store.folder), max(1, executor.room())
     announced = journal.announce(first.machine, first.command, first.suite or "", jobs, settled, runs) if announce else None
     try:
-        return _Sweep(todo, store, executor, watcher, again).run()
+        return _Sweep(todo, store, executor, watcher, again, before).run()
     finally:
         if announced is not None:
             announced.release()
@@ -143,11 +144,20 @@ class _Held:
 class _Sweep:
     """The listener of the executor."""
 
-    def __init__(self, todo: list[RunRequest], store: ResultStore, executor: Executor, watcher: Watcher, again: bool) -> None:
+    def __init__(
+        self,
+        todo: list[RunRequest],
+        store: ResultStore,
+        executor: Executor,
+        watcher: Watcher,
+        again: bool,
+        before: Mapping[str, frozenset[str]],
+    ) -> None:
+        """`before` has the files of each run that were there already."""
         self._store, self._journal = store, Journal(store.folder)
         self._executor, self._watcher, self._again = executor, watcher, again
         self._queue = deque(enumerate(todo, start=1))
-        self._before = {request.spec.id: store.names_of_run(request.machine, request.spec.id) for request in todo}
+        self._before = before
         self._taken: list[tuple[int, RunRequest]] = []
         self._looked = time.monotonic()
         self._held: dict[str, _Held] = {}
@@ -207,7 +217,7 @@ class _Sweep:
         """Another command came to a record of it, be it a failure, since this sweep began; or it was settled before, if that
         is enough."""
         machine, run = request.machine, request.spec.id
-        if self._store.names_of_run(machine, run) - self._before[run]:
+        if self._store.paths_of_run(machine, run) - self._before[run]:
             return True
         return not self._again and self._store.is_settled(machine, run)
 

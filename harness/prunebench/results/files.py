@@ -78,3 +78,12 @@ def write_aside(folder: Path, content: str | bytes, *, prefix: str = "tmp", dura
             path.unlink(missing_ok=True)
             raise
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable: what was moved or linked into it stays there when the machine dies."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from prunebench.errors import PrunebenchError, StoreError, WriteError
 from prunebench.plain import plain
-from prunebench.results.files import is_within, read_file, write_aside
+from prunebench.results.files import is_within, read_file, sync_folder, write_aside
 from prunebench.results.items import Columns, apart, read_items
 from prunebench.results.records import SCHEMA, Failure, RunRecord, ScoreRecord, checksum, slug, upgraded
 from prunebench.targets import parse_target
@@ -110,15 +110,15 @@ class ResultStore:
     def of_run(self, machine: str, run_id: str) -> list[Stored]:
         """The records of one run, the one written last comes last; reads only the files that bear its id."""
         found = []
-        for path in self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json"):
+        for path in self._files_of_run(machine, run_id):
             record = self._read(path)
             if record is not None and (record.machine, record.id) == (machine, run_id):
                 found.append(Stored(path.relative_to(self.folder).as_posix(), record))
         return sorted(found, key=_attempt)
 
-    def names_of_run(self, machine: str, run_id: str) -> frozenset[str]:
-        """The names of the files that bear a run's id; none is read."""
-        return frozenset(path.name for path in self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json"))
+    def paths_of_run(self, machine: str, run_id: str) -> frozenset[str]:
+        """The files that bear a run's id, relative to the results folder; none is read."""
+        return frozenset(path.relative_to(self.folder).as_posix() for path in self._files_of_run(machine, run_id))
 
     def write(self, record: RunRecord, log: bytes = b"") -> Path:
         """Write a record, and give its file; see `keep`."""
@@ -165,6 +165,9 @@ class ResultStore:
         """
         return read_items(self._folder_of(record), score)
 
+    def _files_of_run(self, machine: str, run_id: str) -> Iterator[Path]:
+        return self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json")
+
     def _folder_of(self, record: RunRecord) -> Path:
         return self.folder / _machine_folder(record.machine) / slug(record.spec.model.name)
 
@@ -176,7 +179,7 @@ class ResultStore:
                 os.link(written, path)  # unlike a rename, a link never replaces
             except FileExistsError:
                 continue
-            _sync_folder(folder)
+            sync_folder(folder)
             return path
         raise AssertionError("numbers end nowhere")
 
@@ -267,11 +270,3 @@ def _best(found: Iterable[Stored], key: Callable[[Stored], Hashable], order: Cal
     for stored in sorted(found, key=lambda stored: (stored.record.status != "failed", order(stored))):
         chosen[key(stored)] = stored
     return list(chosen.values())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -497,6 +497,29 @@ def run_command(*args: str | Path, **options: Any) -> Ran:
     return Ran(process.returncode, out, err)
 
 
+Process = subprocess.Popen[str]
+
+
+@contextlib.contextmanager
+def programs() -> Iterator[Callable[..., Process]]:
+    """Starts programs in Python, with arguments, that say something by lines and wait for lines; ends those that are left."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(program: str, *args: str | Path) -> Process:
+            command, pipe = [sys.executable, "-c", program, *map(str, args)], subprocess.PIPE
+            process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1))
+            stack.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def heard(process: Process) -> str:
+    """The next line that a program says."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
 def tree(folder: Path) -> Mapping[str, bytes | None]:
     """Everything in a folder: files with their content, folders with None."""
     return {

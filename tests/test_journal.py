@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import Process, heard, programs
 
 from prunebench.errors import StoreError
 from prunebench.results.journal import Claim, Journal, SweepRun, seconds_left
@@ -45,27 +43,12 @@ if claim:
     claim.release()
 """
 
-Process = subprocess.Popen[str]
-
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
     """Starts a process that claims the run, says whether it has it, and goes on when it gets a line."""
-    with contextlib.ExitStack() as stack:
-
-        def begin() -> Process:
-            command = [sys.executable, "-c", PROGRAM, str(tmp_path / "results")]
-            pipe = subprocess.PIPE
-            process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1))
-            stack.callback(process.kill)
-            return process
-
-        yield begin
-
-
-def heard(process: Process) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    with programs() as begin:
+        yield lambda: begin(PROGRAM, tmp_path / "results")
 
 
 def test_one_of_several_gets_a_run(start: Callable[[], Process]) -> None:

@@ -9,15 +9,13 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import files_no_larger_than, make_record, make_spec, tree
+from support import Process, files_no_larger_than, heard, make_record, make_spec, programs, tree
 
 from prunebench.errors import StoreError, WriteError
 from prunebench.results import store as store_module
@@ -163,6 +161,10 @@ def test_asking_for_one_run_reads_only_its_files(store: ResultStore, warnings: l
     ok = store.write(make_record())
     (ok.parent / "broken-0.5-000000000000.json").write_text("{")
     assert store.is_settled("box", make_spec().id)
+    renamed = store.write(make_record(make_spec(model="renamed")))
+    assert renamed.name == ok.name
+    paths = {path.relative_to(store.folder).as_posix() for path in (ok, renamed)}
+    assert store.paths_of_run("box", make_spec().id) == paths
     assert warnings == []
     store.all()
     assert len(warnings) == 1
@@ -465,28 +467,12 @@ if what == "write":
 say("done")
 """
 
-Process = subprocess.Popen[str]
-
 
 @pytest.fixture
 def start(store: ResultStore) -> Iterator[Callable[..., Process]]:
     """Starts a process that says `ready` and goes on for each line it gets."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(what: str, *args: str) -> Process:
-            command = [sys.executable, "-c", PROGRAM, what, str(store.folder), *args]
-            process = stack.enter_context(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            )
-            stack.callback(process.kill)
-            return process
-
-        yield begin
-
-
-def heard(process: Process) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    with programs() as begin:
+        yield lambda what, *args: begin(PROGRAM, what, store.folder, *args)
 
 
 def tell(*processes: Process) -> None:

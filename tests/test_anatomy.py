@@ -203,6 +203,17 @@ def test_the_last_mask_counts_and_copies_are_independent() -> None:
     assert torch.equal(anatomy.masks[matrix.name], second)
 
 
+def test_masks_that_were_written_are_put_back() -> None:
+    one, other = find_anatomy(tiny()), find_anatomy(tiny())
+    for matrix, mask in halves(one):
+        matrix.keep(mask)
+    written = one.masks.written(one.matrices[1:])
+    other.masks.put_back(other.matrices, written)
+    assert list(other.masks) == [matrix.name for matrix in one.matrices[1:]]
+    assert all(torch.equal(other.masks[name], one.masks[name]) for name in other.masks)
+    assert not written.keys() & {*dict(one.model.named_parameters()), *dict(one.model.named_buffers())}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_wrong_mask_or_weight_is_declined_and_changes_nothing(family: str) -> None:
     model = tiny(family)

@@ -29,7 +29,6 @@ from prunebench.results.records import RunRecord, ScoreRecord, StepRecord
 from prunebench.spec import Changes, Claims, JsonDict, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.heads import untie_head
-from prunebench.toolkit.masks import pack_bits, unpack_bits
 from prunebench.toolkit.phases import so_far
 
 
@@ -282,9 +281,7 @@ def _parts(anatomy: ModelAnatomy, changes: Changes) -> Iterator[dict[str, torch.
         part = {names[id(tensor)]: tensor for tensor in wanted} if changes else {}
         for tensor in inside:
             left.pop(names[id(tensor)], None)
-        for matrix in block.matrices:
-            if matrix.name in anatomy.masks:
-                part[_mask(matrix.name)] = pack_bits(anatomy.masks[matrix.name])
+        part |= anatomy.masks.written(block.matrices)
         if part:
             yield part
     rest = left if beyond else {}
@@ -300,10 +297,8 @@ def _fill(anatomy: ModelAnatomy, tensors: Mapping[str, torch.Tensor], adapters: 
     with torch.no_grad():
         for name in tensors.keys() & named.keys():
             named[name].copy_(tensors[name])
+    anatomy.masks.put_back(anatomy.matrices, tensors)
     matrices = {matrix.name: matrix for matrix in anatomy.matrices}
-    for name, matrix in matrices.items():
-        if _mask(name) in tensors:
-            anatomy.masks.record(name, unpack_bits(tensors[_mask(name)], matrix.shape))
     for number in range(len(anatomy.adapters), len(adapters)):  # those before came with the model
         name, scale, device = adapters[number]
         down, up = (tensors[_factor(number, half)].to(device) for half in ("down", "up"))
@@ -312,10 +307,6 @@ def _fill(anatomy: ModelAnatomy, tensors: Mapping[str, torch.Tensor], adapters: 
 
 def _named(anatomy: ModelAnatomy) -> dict[str, torch.Tensor]:
     return dict([*anatomy.model.named_parameters(), *anatomy.model.named_buffers()])
-
-
-def _mask(matrix: str) -> str:
-    return f"the mask of {matrix}"
 
 
 def _factor(number: int, half: str) -> str:

@@ -7,7 +7,7 @@ norms, biases and linears outside the blocks are never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prunebench.errors import ContractError, ModelError, Refused
+from prunebench.handles import Matrix
 from prunebench.spec import JobFacts, MatrixFacts
 from prunebench.targets import Target
 from prunebench.toolkit.adapters import Adapters
@@ -38,6 +39,16 @@ class KeepMasks(Mapping[str, torch.Tensor]):
         """The masks as bytes (numpy's `packbits`, C order), by matrix name."""
         return {name: bits for name, (bits, _) in self._packed.items()}
 
+    def written(self, matrices: Iterable[Matrix]) -> dict[str, torch.Tensor]:
+        """The masks of these matrices as bytes, for a checkpoint, under names that nothing else of a model has."""
+        return {_written_name(matrix): self._packed[matrix.name][0] for matrix in matrices if matrix.name in self._packed}
+
+    def put_back(self, matrices: Iterable[Matrix], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Remember the masks of these matrices that are among the tensors, as `written` gave them."""
+        for matrix in matrices:
+            if _written_name(matrix) in tensors:
+                self.record(matrix.name, unpack_bits(tensors[_written_name(matrix)], matrix.shape))
+
     def copy(self) -> KeepMasks:
         """An independent copy, cheap: masks are replaced, never written into."""
         other = KeepMasks()
@@ -52,6 +63,10 @@ class KeepMasks(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._packed)
+
+
+def _written_name(matrix: Matrix) -> str:
+    return f"the mask of {matrix.name}"
 
 
 class LinearMatrix:

@@ -17,7 +17,6 @@ from prunebench.handles import BlockHandle, WalkState
 from prunebench.spec import Job
 from prunebench.toolkit import carried
 from prunebench.toolkit.anatomy import ModelAnatomy
-from prunebench.toolkit.masks import pack_bits, unpack_bits
 from prunebench.toolkit.phases import uncounted
 from prunebench.toolkit.state import generators, set_generators
 from prunebench.toolkit.stream import Stream
@@ -79,9 +78,7 @@ class Bookmark:
         for block in blocks:
             for name, tensor in _numbers(block).items():
                 yield name, tensor.detach()
-            for matrix in block.matrices:
-                if matrix.name in anatomy.masks:
-                    yield _mask(matrix.name), pack_bits(anatomy.masks[matrix.name])
+            yield from anatomy.masks.written(block.matrices).items()
 
     def _put_back(self, state: WalkState) -> None:
         anatomy, facts = self._job.anatomy, state.facts
@@ -94,19 +91,14 @@ class Bookmark:
         with torch.no_grad():
             for name, tensor in numbers.items():
                 tensor.copy_(state.blocks[name])
-        for matrix in (matrix for block in blocks for matrix in block.matrices):
-            if _mask(matrix.name) in state.blocks:
-                anatomy.masks.record(matrix.name, unpack_bits(state.blocks[_mask(matrix.name)], matrix.shape))
+        for block in blocks:
+            anatomy.masks.put_back(block.matrices, state.blocks)
         carried.put_back(self._carries, state.passing, facts["carried"])
         self._job.batch_size = facts["batch_size"]
         if _HIDDEN in state.passing:
             self._stream.go_on(facts["at"], state.passing[_HIDDEN])
         if facts["generators"] is not None:
             set_generators(facts["generators"])
-
-
-def _mask(matrix: str) -> str:
-    return f"the mask of {matrix}"
 
 
 def _numbers(block: BlockHandle) -> Mapping[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from prunebench.plugins import load_registry
 from prunebench.results.records import EvalSpec, SampleRecord, ScoreRecord
 from prunebench.spec import Eval, EvalJob, Progress, Score
 from prunebench.toolkit.loading import identify, load_model
-from prunebench.toolkit.memory import is_out_of_memory, let_go
+from prunebench.toolkit.memory import until_it_fits
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
 
@@ -76,15 +76,17 @@ def evaluate(
 
 def _measured(evaluation: Eval, job: EvalJob) -> tuple[Score, int]:
     """Evaluate, from the start again with half the batch when memory runs out; the score, and the batch size that it took."""
-    while True:
-        try:
-            with guarded([]), evaluating(job.model):
-                return evaluation.measure(job), job.batch_size
-        except (MemoryError, RuntimeError) as error:
-            if job.batch_size <= 1 or not is_out_of_memory(error):
-                raise
-        let_go()  # the error is gone, and with it the frames whose tensors it held
-        job = replace(job, batch_size=job.batch_size // 2)
+
+    def attempt() -> Score:
+        with guarded([]), evaluating(job.model):
+            return evaluation.measure(job)
+
+    def lower(sequences: int) -> None:
+        nonlocal job
+        job = replace(job, batch_size=sequences)
+
+    score = until_it_fits(lambda: job.batch_size, attempt, lower)
+    return score, job.batch_size
 
 
 class DenseModel:

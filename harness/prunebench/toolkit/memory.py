@@ -44,13 +44,31 @@ def halving(job: Job, size: Callable[[], int], attempt: Callable[[], _T], where:
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: one sequence alone does not fit.
     """
+
+    def lower(sequences: int) -> None:
+        job.batch_size = sequences
+        job.note(f"batch size halved to {sequences}", f"out of memory in {where}")
+
+    return until_it_fits(size, attempt, lower)
+
+
+def until_it_fits(size: Callable[[], int], attempt: Callable[[], _T], lower: Callable[[int], None]) -> _T:
+    """Attempt something; when memory runs out, lower its size to half and attempt it again.
+
+    Args:
+        size: sequences at a time, as they are now.
+        attempt: starts from nothing each time, or from where it left what it has finished.
+        lower: is given half the size.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: one sequence alone does not fit.
+    """
     while True:
         try:
             return attempt()
         except (MemoryError, RuntimeError) as error:
-            if size() == 1 or not is_out_of_memory(error):
+            if size() <= 1 or not is_out_of_memory(error):
                 raise
         # Here the error is gone, and with it the frames whose tensors it held.
         let_go()
-        job.batch_size = size() // 2
-        job.note(f"batch size halved to {job.batch_size}", f"out of memory in {where}")
+        lower(size() // 2)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunebench
 from prunebench import plugins
+from prunebench.cli.running import _limited
 from prunebench.results.records import RunRecord, checksum
 from prunebench.results.store import ResultStore
 from prunebench.spec import Job, Needs, Pruner
@@ -406,6 +407,21 @@ def test_again_and_another_machine(command: Command) -> None:
     assert command(*arguments, "other").out.startswith("1 run to do.\n")
     assert command(*arguments, "other").out.startswith("0 runs to do; 1 found done.\n")
     assert len(records()) == 3
+
+
+def test_one_command_warns_once_of_a_broken_record(done: list[RunRecord], command: Command) -> None:
+    path = next(Path("results").glob("here/tiny/wanda*.json"))
+    path.write_text(path.read_text()[:1000])
+    for more in ((), ("--again",), ("--retry", "failed")):
+        ran = command("run", "small.toml", "--machine", "here", "--dry-run", *more)
+        assert re.fullmatch(r"warning: skipped here/tiny/wanda[^\n]*\n", ran.err)
+
+
+def test_checkpoints_are_found_from_any_folder(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ResultStore(Path("results"), pytest.fail)
+    [request] = _limited(bench.requests(tmp_path, "magnitude"), store, timeout=None, memory=None, checkpoint_every=1)
+    assert Path(request.checkpoints or "").parent == tmp_path / "results" / ".journal"
 
 
 def test_dry_run_writes_nothing(here: Path, command: Command) -> None:

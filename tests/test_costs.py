@@ -368,7 +368,7 @@ def test_requests_get_predictions_and_records_keep_them(bench: Bench, tmp_path: 
     (tmp_path / "small.toml").write_text(bench.suite_text("magnitude"))
     planner = Planner(load_suite(str(tmp_path / "small.toml")), load_registry(), "box", "prunebench run", "cpu")
     store = ResultStore(tmp_path / "results", pytest.fail)
-    [request] = with_predictions(planner.requests(), store, planner)
+    [request] = with_predictions(planner.requests(), [], planner)
     assert request.predicted is not None
     [work] = known_work([request], planner.registry)
     assert request.predicted.seconds == pytest.approx(sum(part.seconds for part in parts(work, plain)))
@@ -377,7 +377,7 @@ def test_requests_get_predictions_and_records_keep_them(bench: Bench, tmp_path: 
     assert kept.predicted_seconds == pytest.approx(request.predicted.seconds, abs=1e-3)
     assert kept.predicted_peak_bytes == request.predicted.peak_bytes
     store.write(record)
-    [again] = with_predictions([request], store, planner)
+    [again] = with_predictions([request], [stored.record for stored in store.latest()], planner)
     assert again.predicted is not None
     assert again.predicted.seconds == pytest.approx(kept.seconds, rel=0.1), "now the record says it"
 

@@ -119,7 +119,7 @@ def test_one_warning_names_the_file_and_the_others_are_read(tmp_path: Path, brea
     assert [stored.record.spec.seed for stored in store.all()] == [0, 2] or len(store.all()) == 2
     assert all(paths[1].name in warning for warning in warned)
     store.write(make_record(make_spec(seed=1), started=LATE))
-    assert {record.spec.seed for record in store.settled("box").values()} == {0, 1, 2}
+    assert {stored.record.spec.seed for stored in store.latest()} == {0, 1, 2}
 
 
 # Every call that writing makes, failing

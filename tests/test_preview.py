@@ -355,7 +355,9 @@ def test_shapes_are_those_of_the_models(family: str, tmp_path: Path) -> None:
 
 def shown(bench: Bench, folder: Path, store: Path, *methods: str, **changes: Any) -> Preview:
     planner = planner_of(folder, bench.suite_text(*methods, **changes))
-    return Preview(planner, ResultStore(store, pytest.fail), [], known_work(planner.requests(), planner.registry), [])
+    kept = ResultStore(store, pytest.fail)
+    records = [stored.record for stored in kept.latest()]
+    return Preview(planner, records, kept.items, [], known_work(planner.requests(), planner.registry), [])
 
 
 def kept(planned: Preview, index: int, folder: Path, machine: str = "box", seconds: float = 100.0) -> RunRecord:

@@ -112,8 +112,15 @@ def requests(bench: Bench, tmp_path: Path) -> list[RunRequest]:
 def do(requests: list[RunRequest], store: ResultStore, again: bool = False, **endings: str) -> tuple[Scripted, Summary]:
     """One command: what is settled is left out, the rest is swept."""
     executor = Scripted(**endings)
-    todo, _ = split_settled(requests, store, "here", again)
+    todo, _ = parted(requests, store, "here", again)
     return executor, sweep(todo, store, executor, Watcher(), again)
+
+
+def parted(
+    requests: list[RunRequest], store: ResultStore, machine: str, again: bool, endings: Sequence[str] = ()
+) -> tuple[list[RunRequest], list[RunRequest]]:
+    """The runs to do, and those found done, by the records there are now."""
+    return split_settled(requests, [stored.record for stored in store.latest()], machine, again, endings)
 
 
 def files(store: ResultStore) -> list[str]:
@@ -150,7 +157,7 @@ def test_what_is_settled_is_left_out(requests: list[RunRequest], store: ResultSt
 
 def test_the_parting_keeps_the_order(requests: list[RunRequest], store: ResultStore) -> None:
     do([requests[2], requests[0]], store)
-    todo, done = split_settled(requests, store, "here", again=False)
+    todo, done = parted(requests, store, "here", again=False)
     assert [request.spec.method for request in todo] == ["magnitude", "wanda"]
     assert [request.spec.method for request in done] == ["dense", "random"]
 
@@ -200,7 +207,7 @@ def test_a_later_failure_does_not_undo_what_is_settled(requests: list[RunRequest
 
 def test_another_machines_records_are_not_taken_as_done(requests: list[RunRequest], store: ResultStore) -> None:
     do(requests, store)
-    todo, done = split_settled(requests, store, "there", again=False)
+    todo, done = parted(requests, store, "there", again=False)
     assert (len(todo), len(done)) == (4, 0)
 
 
@@ -320,7 +327,7 @@ def test_a_run_that_another_gave_up_is_done_here(requests: list[RunRequest], sto
 
 
 def test_a_run_that_was_settled_since_the_plan_is_not_done(requests: list[RunRequest], store: ResultStore) -> None:
-    todo, _ = split_settled(requests, store, "here", again=False)
+    todo, _ = parted(requests, store, "here", again=False)
     do(requests[:2], store)
     executor = Scripted()
     summary = sweep(todo, store, executor, Watcher(), again=False)
@@ -427,7 +434,7 @@ def test_what_goes_on_is_in_the_journal(requests: list[RunRequest], store: Resul
 
 
 def retried(requests: list[RunRequest], store: ResultStore, *endings: str) -> list[str]:
-    return [request.spec.method for request in split_settled(requests, store, "here", False, endings)[0]]
+    return [request.spec.method for request in parted(requests, store, "here", False, endings)[0]]
 
 
 def test_only_what_ended_so_is_tried_again(requests: list[RunRequest], store: ResultStore) -> None:
@@ -436,8 +443,8 @@ def test_only_what_ended_so_is_tried_again(requests: list[RunRequest], store: Re
     assert retried(requests, store, "error") == ["magnitude"]
     assert retried(requests, store, "oom", "timeout") == []
     assert retried(requests, store, "refused", "error") == ["magnitude", "random"]
-    assert split_settled(requests, store, "there", False, ["failed"]) == ([], [])
-    assert [request.spec.method for request in split_settled(requests, store, "here", False)[0]] == ["magnitude", "wanda"]
+    assert parted(requests, store, "there", False, ["failed"]) == ([], [])
+    assert [request.spec.method for request in parted(requests, store, "here", False)[0]] == ["magnitude", "wanda"]
 
 
 def test_a_checkpoint_goes_when_the_run_is_done(requests: list[RunRequest], store: ResultStore, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ a block computes and keeps for its gradients (Korthikanti et al. 2022, arXiv 220
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunebench.answers import ask
@@ -25,11 +25,11 @@ from prunebench.bench.evals.windows import MAX_LOGITS
 from prunebench.bench.rates import Rates
 from prunebench.effort import Effort, EffortFacts
 from prunebench.results.planning import Asked
-from prunebench.results.records import EvalSpec
+from prunebench.results.records import EvalSpec, RunSpec
 from prunebench.spec import Pruner
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.loading import DTYPES, ModelShape, ModelSource
-from prunebench.toolkit.placement import HOST_TOKENS
+from prunebench.toolkit.placement import HOST_TOKENS, MOST_SEQUENCES
 
 ACTIVATIONS = 17
 """Values that a block keeps of each token and hidden column for its gradients."""
@@ -71,6 +71,48 @@ class Work:
     evals: tuple[EvalSpec, ...]
     """With their conditions, or as much as is known of them."""
     id: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: RunSpec,
+        model: ModelSource,
+        shape: ModelShape,
+        pruners: Iterable[Pruner],
+        training: tuple[int, int],
+        batch_size: int,
+    ) -> Work:
+        """A run that has a spec.
+
+        Args:
+            spec: of the run.
+            model: what it is called, and where it is if it is here.
+            shape: of the model.
+            pruners: built from the spec's steps.
+            training: windows, and tokens in each.
+            batch_size: sequences at a time; 0 where nobody has said how many.
+        """
+        return cls(
+            model=model,
+            weights=spec.model.weights,
+            shape=shape,
+            dtype=spec.model.dtype,
+            steps=tuple(step.text for step in spec.steps),
+            pruners=tuple(pruners),
+            target=spec.target,
+            seed=spec.seed,
+            facts=EffortFacts(
+                samples=spec.recipe.samples or 0,
+                length=spec.recipe.length or 0,
+                windows=training[0],
+                window=training[1],
+                batch_size=batch_size or MOST_SEQUENCES,
+                layers=shape.layers,
+                prunes=spec.target != "dense",
+            ),
+            evals=spec.evals,
+            id=spec.id,
+        )
 
     @property
     def method(self) -> str:

@@ -14,12 +14,9 @@ from prunebench.bench.experience import Basis, Experience, parts, past_of
 from prunebench.bench.plan import Planner, Prediction, RunRequest
 from prunebench.bench.rates import Rates, rates_of
 from prunebench.bench.specs import build_method
-from prunebench.effort import EffortFacts
 from prunebench.plugins import Registry
 from prunebench.results.records import RunRecord
-from prunebench.results.store import ResultStore
 from prunebench.toolkit.loading import ModelShape, ModelSource, shape_of
-from prunebench.toolkit.placement import MOST_SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,9 @@ class Estimator:
     _experiences: dict[tuple[str, str], Experience] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, planner: Planner, store: ResultStore) -> Estimator:
-        """With the records of a store that are of the planner's machine."""
-        own = [stored.record for stored in store.latest() if stored.record.machine == planner.machine]
+    def of(cls, planner: Planner, records: Iterable[RunRecord]) -> Estimator:
+        """With the records that are of the planner's machine."""
+        own = [record for record in records if record.machine == planner.machine]
         threads = planner.suite.limits.threads or torch.get_num_threads()
         return cls(planner.machine, planner.device, threads, planner.registry, own)
 
@@ -93,14 +90,19 @@ class Estimator:
         return rates
 
 
-def with_predictions(requests: Iterable[RunRequest], store: ResultStore, planner: Planner) -> list[RunRequest]:
+def with_predictions(requests: Iterable[RunRequest], records: Iterable[RunRecord], planner: Planner) -> list[RunRequest]:
     """The requests, each with what it is expected to take.
+
+    Args:
+        requests: all that are to do.
+        records: the latest of each run, of any machine.
+        planner: who made the requests.
 
     Raises:
         PluginError: a pruner does not say what it computes.
     """
     asked = list(requests)
-    estimator = Estimator.of(planner, store)
+    estimator = Estimator.of(planner, records)
     works = known_work(asked, planner.registry)
     return [replace(request, predicted=estimator.estimate(work).prediction) for request, work in zip(asked, works, strict=True)]
 
@@ -118,27 +120,7 @@ def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]
 
 
 def _known(request: RunRequest, shape: ModelShape, registry: Registry) -> Work:
-    spec, method = request.spec, build_method([step.text for step in request.spec.steps], registry)
+    pruners = build_method([step.text for step in request.spec.steps], registry).pruners
     training = request.tokens.get("training")
     windows, window = training.shape if training is not None else (0, 0)
-    return Work(
-        model=request.model,
-        weights=spec.model.weights,
-        shape=shape,
-        dtype=spec.model.dtype,
-        steps=tuple(step.text for step in spec.steps),
-        pruners=tuple(method.pruners),
-        target=spec.target,
-        seed=spec.seed,
-        facts=EffortFacts(
-            samples=spec.recipe.samples or 0,
-            length=spec.recipe.length or 0,
-            windows=windows,
-            window=window,
-            batch_size=request.batch_size or MOST_SEQUENCES,
-            layers=shape.layers,
-            prunes=spec.target != "dense",
-        ),
-        evals=spec.evals,
-        id=spec.id,
-    )
+    return Work.of(request.spec, request.model, shape, pruners, (windows, window), request.batch_size)

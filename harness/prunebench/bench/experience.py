@@ -21,14 +21,12 @@ from types import MappingProxyType
 from typing import Literal
 
 from prunebench.bench.costs import RatesFor, Work, effort_seconds, eval_effort, start_seconds, step_seconds
-from prunebench.effort import EffortFacts
 from prunebench.errors import PrunebenchError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.loading import ModelShape, ModelSource, read_widths
-from prunebench.toolkit.placement import MOST_SEQUENCES
 
 Basis = Literal["the same", "its kind", "others", "rates", "guess"]
 """What seconds rest on: records of the same part, of the same pruner or evaluation, of others; rates alone; not even a count of
@@ -207,28 +205,12 @@ def _past(record: RunRecord, planned: Sequence[Part]) -> list[Past]:
 
 
 def _work(record: RunRecord, registry: Registry, shape: ModelShape, window: int) -> Work:
-    spec, recipe = record.spec, record.spec.recipe
-    length = recipe.length or window
-    return Work(
-        model=ModelSource(Path(), spec.model.name, spec.model.source),
-        weights=spec.model.weights,
-        shape=shape,
-        dtype=spec.model.dtype,
-        steps=tuple(step.text for step in spec.steps),
-        pruners=tuple(registry.pruner(parse_step(step.text)) for step in spec.steps),
-        target=spec.target,
-        seed=spec.seed,
-        facts=EffortFacts(
-            samples=recipe.samples or 0,
-            length=recipe.length or 0,
-            windows=(recipe.training_tokens or 0) // length,
-            window=length if recipe.training_tokens else 0,
-            batch_size=record.provenance.batch_size or MOST_SEQUENCES,
-            layers=shape.layers,
-            prunes=spec.target != "dense",
-        ),
-        evals=spec.evals,
-    )
+    spec, tokens = record.spec, record.spec.recipe.training_tokens or 0
+    model = ModelSource(Path(), spec.model.name, spec.model.source)
+    pruners = [registry.pruner(parse_step(step.text)) for step in spec.steps]
+    length = spec.recipe.length or window
+    training = (tokens // length, length if tokens else 0)
+    return Work.of(spec, model, shape, pruners, training, record.provenance.batch_size)
 
 
 def shape_in(record: RunRecord, parameters: int | None = None) -> ModelShape:

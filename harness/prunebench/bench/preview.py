@@ -11,9 +11,9 @@ from prunebench.bench.costs import Work
 from prunebench.bench.estimate import Estimate, Estimator
 from prunebench.bench.experience import Basis
 from prunebench.bench.plan import Planner
+from prunebench.results.comparison import LoadItems
 from prunebench.results.planning import Figure, figure
 from prunebench.results.records import RunRecord, fingerprint
-from prunebench.results.store import ResultStore
 from prunebench.toolkit.hub import Download
 
 
@@ -32,7 +32,10 @@ class Preview:
     """All that `run --dry-run` shows."""
 
     planner: Planner
-    store: ResultStore
+    records: Sequence[RunRecord]
+    """The latest of each run, of any machine."""
+    load: LoadItems
+    """Gives a score's raw answers."""
     downloads: list[Download]
     todo: list[Work]
     done: list[Work]
@@ -42,7 +45,7 @@ class Preview:
     @cached_property
     def estimator(self) -> Estimator:
         """By the records of this machine."""
-        return Estimator.of(self.planner, self.store)
+        return Estimator.of(self.planner, self.records)
 
     @cached_property
     def estimates(self) -> list[Estimate | None]:
@@ -75,12 +78,8 @@ class Preview:
             for spec in work.evals:
                 key = (work.model.name, spec.text, fingerprint(spec.conditions))
                 if key not in found:
-                    found[key] = figure(spec.conditions, self._records, self.store.items)
+                    found[key] = figure(spec.conditions, self.records, self.load)
         return [(name, text, value) for (name, text, _), value in found.items()]
-
-    @cached_property
-    def _records(self) -> list[RunRecord]:
-        return [stored.record for stored in self.store.latest()]
 
 
 def _cost(model: str, estimates: Sequence[Estimate]) -> Cost:

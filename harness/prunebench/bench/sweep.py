@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -59,22 +59,22 @@ class Summary:
 
 
 def split_settled(
-    requests: list[RunRequest], store: ResultStore, machine: str, again: bool, retry: Collection[str] = ()
+    requests: list[RunRequest], records: Iterable[RunRecord], machine: str, again: bool, retry: Collection[str] = ()
 ) -> tuple[list[RunRequest], list[RunRequest]]:
     """The runs to do, and those found done.
 
     Args:
         requests: all of a suite.
-        store: where their records are.
+        records: the latest of each run, of any machine.
         machine: whose records count.
         again: do also what is done.
         retry: do only runs whose latest record is of one of these: `failed`, `refused`, or a kind of failure.
     """
+    own = [record for record in records if record.machine == machine]
     if retry:
-        latest = {stored.record.id: stored.record for stored in store.latest() if stored.record.machine == machine}
-        found = {run_id for run_id, record in latest.items() if _endings(record) & set(retry)}
+        found = {record.id for record in own if _endings(record) & set(retry)}
         return [request for request in requests if request.spec.id in found], []
-    settled = {} if again else store.settled(machine)
+    settled = set() if again else {record.id for record in own if record.status != "failed"}
     return (
         [request for request in requests if request.spec.id not in settled],
         [request for request in requests if request.spec.id in settled],

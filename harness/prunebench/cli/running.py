@@ -101,13 +101,15 @@ def run(
             _show_scripts(chosen, limited(requests))
         return
     requests = limited(_requests(planner, suite, only))
-    todo, done = split_settled(requests, store, planner.machine, again, endings)
+    records = [stored.record for stored in store.latest()]
+    todo, done = split_settled(requests, records, planner.machine, again, endings)
     store.check_writable()
     display = SweepDisplay(terminal)
     try:
         chosen.check(todo)
         if todo and not cluster:
-            todo = with_predictions(todo, store, planner)
+            todo = with_predictions(todo, records, planner)
+        del records  # hundreds with their raw answers, and a sweep takes hours
         display.started(todo, len(done), min(chosen.room(), len(todo)))
         summary = sweep(todo, store, chosen, display, again, len(done))
     finally:
@@ -146,7 +148,7 @@ def _limited(
 
     from prunebench.results.journal import Journal
 
-    journal = Journal(store.folder)
+    journal = Journal(store.folder.resolve())  # whoever does a run may be in another folder
     return [
         replace(
             request,
@@ -218,14 +220,14 @@ def _show_plan(
     from prunebench.bench.sweep import split_settled
 
     requests: list[RunRequest] = []
-    wanted = downloads(planner)
+    wanted, records = downloads(planner), [stored.record for stored in store.latest()]
     if wanted:
         outlined = outlined_work(planner)
         todo, done = _with_text(outlined, [run_label(work) for work in outlined], suite, only), []
     else:
-        requests, settled = split_settled(_requests(planner, suite, only), store, planner.machine, again, endings)
+        requests, settled = split_settled(_requests(planner, suite, only), records, planner.machine, again, endings)
         todo, done = (known_work(runs, planner.registry) for runs in (requests, settled))
-    print_preview(Preview(planner, store, wanted, todo, done, here), terminal)
+    print_preview(Preview(planner, records, store.items, wanted, todo, done, here), terminal)
     return requests
 
 

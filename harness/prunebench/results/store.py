@@ -99,12 +99,8 @@ class ResultStore:
         chosen = _best(in_folder, _run_of, lambda stored: stored.record.provenance.started)
         return sorted(chosen, key=lambda stored: stored.path)
 
-    def settled(self, machine: str) -> dict[str, RunRecord]:
-        """Runs of a machine that need not be repeated, by id: those that are `ok`, and refusals, which are answers too."""
-        return {s.record.id: s.record for s in self.latest() if s.record.machine == machine and s.record.status != "failed"}
-
     def is_settled(self, machine: str, run_id: str) -> bool:
-        """Whether one run need not be repeated; reads only the files that bear its id."""
+        """Whether a run need not be repeated: it is `ok`, or refused, which is an answer too; reads only its own files."""
         return any(stored.record.status != "failed" for stored in self.of_run(machine, run_id))
 
     def of_run(self, machine: str, run_id: str) -> list[Stored]:

@@ -117,8 +117,6 @@ class RayExecutor:
         self.check(requests)
         for request in requests:
             needs = self._needs(request)
-            if request.checkpoints is not None:
-                request = replace(request, checkpoints=str(Path(request.checkpoints).resolve()))
             amounts: dict[str, Any] = {"num_cpus": needs["CPU"], "num_gpus": needs["GPU"]}
             if needs["memory"]:
                 amounts["memory"] = needs["memory"]

@@ -274,9 +274,7 @@ def is_installed() -> bool:
 
 def on_a_node(request: RunRequest) -> RunRequest:
     """The run as its node sees it: Slurm says which GPU by CUDA_VISIBLE_DEVICES."""
-    device = "cuda" if request.device.startswith("cuda") else request.device
-    checkpoints = None if request.checkpoints is None else str(Path(request.checkpoints).resolve())
-    return replace(request, device=device, checkpoints=checkpoints)
+    return replace(request, device="cuda") if request.device.startswith("cuda") else request
 
 
 def parameters(request: RunRequest) -> dict[str, Any]:

@@ -9,7 +9,9 @@ one row. Ranks are intervals and rest on paired tests (`rows.py`); where these c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,9 @@ from prunebench.results.store import Stored
 
 OWN_PACKAGE = "prunebench"
 """The distribution of the built-in methods."""
+
+KINDS = ("perplexity", "zero_shot", "divergence", "generation")
+"""Evaluations in the order in which people look for them; others follow."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,15 @@ class Section:
     baseline: float | None
     """The dense model's value."""
     suites: tuple[str, ...]
-    """As commands name them: shipped names, or files."""
+    """What `prunebench run` was given: shipped names, or files, and the models and methods that stood in for the suite's."""
     strangers: tuple[str, ...]
     """Methods that come with other packages, and which these are."""
     tables: tuple[Table, ...]
     unread: tuple[str, ...] = ()
     """Raw answers that could not be read, and why."""
+    higher_is_better: bool = False
+    is_tuning: bool = False
+    """Whether every row comes of a suite by which options of others were chosen: a means, and no result."""
 
     @property
     def title(self) -> str:
@@ -77,8 +85,10 @@ class Section:
 
     @property
     def parts(self) -> list[str]:
-        """Further numbers that rows have."""
-        return list(dict.fromkeys(part for table in self.tables for row in table.rows for part in row.parts))
+        """Further numbers that rows have, without one that is the value again in every row."""
+        rows = [row for table in self.tables for row in table.rows]
+        names = dict.fromkeys(part for row in rows for part in row.parts)
+        return [name for name in names if any(row.parts.get(name, row.mean) != row.mean for row in rows)]
 
     @property
     def silence(self) -> str | None:
@@ -137,17 +147,35 @@ def build_board(
                 measured = Measured(record, name, score)
                 key = (record.machine, record.spec.model.name, measured.measurement)
                 buckets.setdefault(key, []).append(measured)
-    sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load)]
+    tuning = {record.provenance.tuned for record in records if record.provenance.tuned}
+    sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load, tuning)]
     by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
     return Board(
-        sections=tuple(sections),
+        sections=tuple(_in_order(sections)),
         failed=tuple(sorted((r for r in present if r.status == "failed"), key=by_label)),
         refused=tuple(sorted((r for r in present if r.status == "refused"), key=by_label)),
         outdated=tuple(sorted(outdated, key=by_label)),
     )
 
 
-def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
+def _in_order(sections: Iterable[Section]) -> list[Section]:
+    """By machine and model; what people look for first, with the most rows first, and what was only a means last."""
+    listed = list(sections)
+    rows = {id(section): sum(len(table.rows) for table in section.tables) for section in listed}
+    together: Counter[tuple[str, str, str]] = Counter()
+    for section in listed:
+        together[section.machine, section.model, section.title] += rows[id(section)]
+
+    def key(section: Section) -> tuple[Any, ...]:
+        kind = section.conditions.get("eval")
+        of_title = -together[section.machine, section.model, section.title]
+        interest = (section.is_tuning, section.silence is not None, KINDS.index(kind) if kind in KINDS else len(KINDS))
+        return (section.machine, section.model, *interest, of_title, section.title, -rows[id(section)])
+
+    return sorted(listed, key=key)
+
+
+def _sections(entries: list[Measured], load: LoadItems, tuning: Collection[str]) -> list[Section]:
     """One section a calibration recipe; rows of methods without calibration stand in each."""
     recipes: dict[str, Recipe] = {}
     keys = []
@@ -159,7 +187,7 @@ def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
     found = []
     for key in sorted(recipes) or [""]:
         members = [entry for entry, own in zip(entries, keys, strict=True) if own in (None, key)]
-        found.append(_section(_latest(members), recipes.get(key), load))
+        found.append(_section(_latest(members), recipes.get(key), load, tuning))
     return found
 
 
@@ -172,7 +200,7 @@ def _latest(entries: list[Measured]) -> list[Measured]:
     return list(chosen.values())
 
 
-def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) -> Section:
+def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems, tuning: Collection[str]) -> Section:
     dense = [e for e in entries if e.record.spec.target == DENSE]
     builder = RowBuilder(dense, load)
     trainings: dict[str, Recipe | None] = {_training(e): e.record.spec.recipe if _training(e) else None for e in entries}
@@ -201,17 +229,32 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         sample=first.score.sample,
         recipe=recipe,
         baseline=builder.baseline,
-        suites=tuple(sorted({_suite(e.record) for e in entries if e.record.provenance.suite})),
+        suites=tuple(sorted({_asked(e.record) for e in entries if e.record.provenance.suite})),
         strangers=tuple(sorted({name for e in entries for name in _strangers(e.record)})),
         tables=tuple(tables),
         unread=tuple(dict.fromkeys(builder.unread)),
+        higher_is_better=higher,
+        is_tuning=all(e.record.provenance.suite in tuning for e in entries),
     )
 
 
-def _suite(record: RunRecord) -> str:
-    """What to give `prunebench run`: the file that was given, or the suite's name."""
+def _asked(record: RunRecord) -> str:
+    """What to give `prunebench run`: the file that was given, or the suite's name, and what took the place of its models and
+    methods."""
     given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
-    return given[1] if given else str(record.provenance.suite)
+    suite = given[1] if given else str(record.provenance.suite)
+    try:
+        words = shlex.split(record.provenance.command)
+    except ValueError:  # written by hand
+        return suite
+    instead = []
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in ("--model", "--method"):
+            value = value if equals else " ".join(words[index + 1 : index + 2])
+            is_plain = re.fullmatch(r"[$]?[\w./+-]+", value)  # `$MIRROR/model` is for the shell
+            instead.append(f"{option} {value if is_plain else shlex.quote(value)}")
+    return " ".join([suite, *instead])
 
 
 def _strangers(record: RunRecord) -> list[str]:

@@ -48,6 +48,8 @@ class Row:
     """Shares of the questions that went from right to wrong and from wrong to right against dense."""
     guesses: frozenset[str] = frozenset()
     """Tasks in which its accuracy cannot be told from that of guessing; the empty name is their mean."""
+    unpruned: bool = False
+    """The dense model, or one that was trained and not pruned: it stands on top of every table of its training."""
 
     @property
     def mean(self) -> float:
@@ -162,6 +164,7 @@ class RowBuilder:
             versus=versus.new_items if versus else None,
             flipped=flipped,
             guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
+            unpruned=unpruned,
         )
 
 

@@ -96,6 +96,8 @@ def layer_of(module: str) -> str:
         return "package"
     if rest[0] in CONTRACT:
         return "contract"
+    if rest[0].startswith("show_"):
+        return "show"
     return "plugins" if rest[0] in {"options", "answers"} else rest[0]
 
 

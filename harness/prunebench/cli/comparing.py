@@ -1,0 +1,83 @@
+"""`prunebench compare` and `advise`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunebench.cli.naming import introduce, named
+from prunebench.cli.program import Results, app, open_store, terminal
+from prunebench.errors import RequestError
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run's id or its first digits, or a folder of results.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another's, or the folder as it is now.")],
+    results: Results = Path("results"),
+    costs: Annotated[bool, typer.Option("--costs", help="Of folders: slower or larger counts as worsened.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of folders: everything, as JSON.")] = False,
+) -> None:
+    """Compare two rows of the board item by item, or two folders: what worsened, improved, vanished and appeared.
+
+    Of two folders the exit code is 1 where something worsened beyond noise.
+
+    Example: prunebench compare 3f2a 91bc
+    """
+    folders = [Path(name).is_dir() for name in (first, second)]
+    if any(folders):
+        if not all(folders):
+            other = second if folders[0] else first
+            raise RequestError(f"{other!r} is no folder, and the other is: compare two folders, or two ids.")
+        _compare_folders(Path(first), Path(second), costs, as_json)
+        return
+    if costs or as_json:
+        raise RequestError(f"--costs and --json are for two folders, and neither {first!r} nor {second!r} is one.")
+    _compare_rows(first, second, results)
+
+
+def _compare_folders(before: Path, after: Path, costs: bool, as_json: bool) -> None:
+    from prunebench.results.folders import Folder, changes
+    from prunebench.show_changes import print_changes
+
+    folders = []
+    for path in (before, after):
+        store = open_store(path)
+        records = [stored.record for stored in store.latest()]
+        if not records:
+            raise RequestError(f"the folder {path} holds no records: name a results folder, which has one folder a machine.")
+        folders.append(Folder(records, store.items))
+    found = changes(*folders)
+    if not any(change.before and change.after for change in found.rows):
+        raise RequestError(
+            f"{before} and {after} have no row in common that was measured under the same conditions: "
+            "`prunebench explain` says of two runs why."
+        )
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_changes(found, costs, terminal)
+    if found.worsened(costs):
+        raise typer.Exit(1)
+
+
+def _compare_rows(first: str, second: str, results: Path) -> None:
+    from prunebench.results.contest import contests, row_key, row_of
+    from prunebench.show import print_contests
+
+    store = open_store(results)
+    latest = store.latest()
+    records = named(results, latest, first, second)
+    if row_key(records[0]) == row_key(records[1]):
+        raise RequestError(f"{first} and {second} are of one row, which all seeds of a method are; name a run of another row.")
+    everything = [stored.record for stored in latest]
+    found = contests(row_of(records[0], everything), row_of(records[1], everything), store.items)
+    if not found:
+        raise RequestError(
+            f"they share no score measured under the same conditions: see `prunebench explain {first} {second}`."
+        )
+    introduce(records)
+    print_contests(found, terminal)

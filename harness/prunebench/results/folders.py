@@ -1,0 +1,329 @@
+"""Two folders of results, before and after a change, or ours and a contributor's: what became of each row.
+
+Rows are matched by content: weights, tokenizer, dtype, method with its options, target, what it was given (calibration and
+training text), and the conditions of the evaluation. Ids also hash revisions; where only these differ the rows are one, and the
+change of revision is told. Of several revisions in one folder the highest counts. A row on the same machine is preferred.
+
+Beyond noise is what the same items and the same seeds say: the paired difference of the raw answers (`comparison.py`), after
+Holm's correction at 5% over all rows whose answers differ. Answers that are equal bit for bit are no test, so they cost none of
+the power. A run that had a score and is now failed or refused has worsened.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from prunebench.errors import StoreError
+from prunebench.results.changes import COST_FACTOR, LEAST_SECONDS, OUTCOMES, Change, Changes, CostChange, Label, Outcome, Side
+from prunebench.results.comparison import Answers, LoadItems, Measured, compare
+from prunebench.results.ranks import holm
+from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.rows import by_seed
+from prunebench.results.statistics import Difference
+
+ERROR = 0.05
+"""The probability that anything at all is told to have changed where nothing did."""
+
+Key = tuple[str, ...]
+Seed = int | None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The runs of a folder, and where their raw answers are."""
+
+    records: Sequence[RunRecord]
+    """The latest of each machine and id, `ResultStore.latest`."""
+    load: LoadItems
+
+
+@dataclass
+class _Score:
+    """One measurement of a row: what each seed gave."""
+
+    name: str
+    measured: dict[Seed, Measured] = field(default_factory=dict)
+    without: dict[Seed, RunRecord] = field(default_factory=dict)
+    """Runs that failed or were refused."""
+    revision: int = 0
+    """Of the evaluation."""
+
+
+@dataclass
+class _Row:
+    """A method at a target on one machine, its seeds together."""
+
+    records: list[RunRecord]
+    """Of one revision, in the order in which they began."""
+    scores: dict[str, _Score] = field(default_factory=dict)
+    """By the fingerprint of their conditions."""
+
+    @property
+    def machine(self) -> str:
+        return self.records[0].machine
+
+    @property
+    def label(self) -> Label:
+        spec = self.records[-1].spec
+        return Label(spec.model.name, spec.method, spec.target, spec.model.weights, spec.model.dtype, fingerprint(spec.recipe))
+
+
+def changes(before: Folder, after: Folder) -> Changes:
+    """What became of each row, the worst first.
+
+    Whoever has nothing in common has only rows that vanished and rows that appeared.
+    """
+    mine, theirs = _rows(before.records), _rows(after.records)
+    found: list[Change] = []
+    costs: list[CostChange] = []
+    for key in sorted({*mine, *theirs}):
+        for first, second in _partners(mine.get(key, {}), theirs.get(key, {})):
+            if first is None or second is None:
+                found.append(_alone(first, second))
+                continue
+            found += _compared(first, second, (before.load, after.load))
+            costs += _costs(first, second)
+    return Changes((len(before.records), len(after.records)), tuple(sorted(_corrected(found), key=_order)), tuple(costs))
+
+
+def _rows(records: Iterable[RunRecord]) -> dict[Key, dict[str, _Row]]:
+    """Rows by content, and by machine."""
+    groups: dict[tuple[Key, str], dict[tuple[int, ...], list[RunRecord]]] = {}
+    for record in sorted(records, key=lambda record: (record.provenance.started, record.id)):
+        spec = record.spec
+        key = (spec.model.weights, spec.model.tokenizer, spec.model.dtype, spec.method, spec.target, fingerprint(spec.recipe))
+        revisions = tuple(step.revision for step in spec.steps)
+        groups.setdefault((key, record.machine), {}).setdefault(revisions, []).append(record)
+    found: dict[Key, dict[str, _Row]] = {}
+    for (key, machine), by_revision in groups.items():
+        row = found.setdefault(key, {})[machine] = _Row(by_revision[max(by_revision)])
+        for record in row.records:
+            _add(row, record)
+    return found
+
+
+def _add(row: _Row, record: RunRecord) -> None:
+    """What a run was asked, with what it gave; of an evaluation the highest revision, of a seed the latest score."""
+    given = {fingerprint(dict(score.conditions)): (name, score) for name, score in record.scores.items()}
+    for asked in record.spec.evals:
+        key = fingerprint(dict(asked.conditions))
+        score = row.scores.setdefault(key, _Score(asked.text))
+        if asked.revision < score.revision:
+            continue
+        if asked.revision > score.revision:
+            score.measured, score.without, score.revision = {}, {}, asked.revision
+        if record.status != "ok":
+            score.without[record.spec.seed] = record
+        elif key in given:
+            score.name = given[key][0]
+            score.measured[record.spec.seed] = Measured(record, *given[key])
+
+
+def _partners(mine: Mapping[str, _Row], theirs: Mapping[str, _Row]) -> Iterator[tuple[_Row | None, _Row | None]]:
+    """Rows of one content: those of one machine, then the others in the order of their machines' names."""
+    for machine in sorted(mine.keys() & theirs.keys()):
+        yield mine[machine], theirs[machine]
+    left = [mine[machine] for machine in sorted(mine.keys() - theirs.keys())]
+    right = [theirs[machine] for machine in sorted(theirs.keys() - mine.keys())]
+    yield from zip(left, right, strict=False)
+    yield from ((row, None) for row in left[len(right) :])
+    yield from ((None, row) for row in right[len(left) :])
+
+
+def _alone(first: _Row | None, second: _Row | None) -> Change:
+    """A whole row that vanished or appeared."""
+    row = first or second
+    assert row is not None
+    scores = list(row.scores.values())
+    side = _side(row, list(scores[0].measured.values()) if len(scores) == 1 and scores[0].measured else row.records)
+    names = tuple(score.name for score in scores)
+    ends = sorted({_ending(record) for record in row.records if record.status != "ok"})
+    return Change("vanished" if first else "appeared", row.label, names, *_sides(first, side), notes=tuple(ends))
+
+
+def _sides(first: object, side: Side) -> tuple[Side | None, Side | None]:
+    return (side, None) if first is not None else (None, side)
+
+
+def _compared(first: _Row, second: _Row, loads: tuple[LoadItems, LoadItems]) -> Iterator[Change]:
+    """The scores of a row that both folders have."""
+    notes = _not_as_it_was(first, second)
+    yield from _endings(first, second, notes)
+    for key in dict.fromkeys([*first.scores, *second.scores]):
+        mine, theirs = first.scores.get(key), second.scores.get(key)
+        if mine is None or theirs is None:
+            score, row = (mine, first) if mine is not None else (theirs, second)
+            assert score is not None
+            side = _side(row, list(score.measured.values()) or list(score.without.values()))
+            yield Change(
+                "vanished" if mine is not None else "appeared", second.label, (score.name,), *_sides(mine, side), notes=notes
+            )
+        elif mine.measured and theirs.measured:
+            yield _change(first, second, (mine, theirs), loads, notes)
+        elif not mine.measured and not theirs.measured:
+            ends = tuple(sorted({_ending(record) for record in theirs.without.values()}))
+            sides = _side(first, list(mine.without.values())), _side(second, list(theirs.without.values()))
+            yield Change("no score", second.label, (theirs.name,), *sides, notes=(*ends, *notes))
+
+
+def _endings(first: _Row, second: _Row, notes: tuple[str, ...]) -> Iterator[Change]:
+    """Runs that had scores and have none any more, and the other way round: one change for each way in which they ended."""
+    found: dict[tuple[bool, str], dict[str, list[tuple[RunRecord, RunRecord]]]] = {}
+    for key in first.scores.keys() & second.scores.keys():
+        mine, theirs = first.scores[key], second.scores[key]
+        for seed in mine.measured.keys() & (theirs.without.keys() - theirs.measured.keys()):
+            lost = theirs.without[seed]
+            found.setdefault((True, _ending(lost)), {}).setdefault(mine.name, []).append((mine.measured[seed].record, lost))
+        for seed in theirs.measured.keys() & (mine.without.keys() - mine.measured.keys()):
+            old = mine.without[seed]
+            found.setdefault((False, _ending(old)), {}).setdefault(mine.name, []).append((old, theirs.measured[seed].record))
+    for (lost, ending), by_score in sorted(found.items()):
+        pairs = next(iter(by_score.values()))
+        sides = _side(first, [one for one, _ in pairs]), _side(second, [other for _, other in pairs])
+        said = f"now {ending}" if lost else f"before {ending}"
+        yield Change("worsened" if lost else "improved", second.label, tuple(sorted(by_score)), *sides, notes=(said, *notes))
+
+
+def _change(
+    first: _Row, second: _Row, scores: tuple[_Score, _Score], loads: tuple[LoadItems, LoadItems], notes: tuple[str, ...]
+) -> Change:
+    """One score, before and after, from the answers of the seeds that both have."""
+    mine, theirs = (score.measured for score in scores)
+    shared = mine.keys() & theirs.keys()
+    free = {None} in (mine.keys(), theirs.keys())  # a row without seeds stands beside each seed of the other
+    rows = [by_seed([one for seed, one in row.items() if free or not shared or seed in shared]) for row in (mine, theirs)]
+    notes = (*_revised(*scores), *_missing(*scores), *notes)
+    score = rows[1][0].score
+    change = Change(
+        "cannot be told",
+        second.label,
+        (rows[1][0].name,),
+        _side(first, rows[0]),
+        _side(second, rows[1]),
+        score.unit,
+        score.higher_is_better,
+        score.is_share,
+        score.is_ratio,
+    )
+    found = _difference(rows, loads, bool(shared) or free)
+    if isinstance(found, str):
+        return replace(change, notes=(found, *notes))
+    return replace(change, outcome="the same" if found is None else "within noise", difference=found, notes=notes)
+
+
+def _difference(
+    rows: Sequence[Sequence[Measured]], loads: tuple[LoadItems, LoadItems], paired: bool
+) -> Difference | str | None:
+    """After minus before, a reason why nothing can be said, or None where all answers are equal."""
+    if not paired:
+        return "no seed in common"
+    told = [(one.score.sample, one.score.unit, one.score.higher_is_better) for row in rows for one in row]
+    if any(other != told[0] for other in told):
+        return "unit, direction or kind of answers is not the same on both sides"
+    if any(one.score.value is None for row in rows for one in row):
+        return "a score without a mean has no difference of means"
+    answers = []
+    for side, row, load in zip(("before", "after"), rows, loads, strict=True):
+        try:
+            found = Answers.of(row, load)
+        except StoreError as error:
+            return f"{side}: {str(error).rstrip('.')}"
+        if found is None:
+            return f"{side}: no raw answers are kept that could be compared"
+        answers.append(found)
+    compared = compare(answers[1], answers[0])
+    if compared is None:
+        return "other items: not the same windows or questions were asked"
+    if np.array_equal(*compared.pairs):
+        return None
+    return compared.new_items if compared.new_items.is_known else "too few items to tell"
+
+
+def _corrected(found: list[Change]) -> list[Change]:
+    """The outcomes of rows whose answers differ, after Holm's correction."""
+    tested = [(index, change.difference) for index, change in enumerate(found) if change.difference is not None]
+    adjusted = holm([difference.p_value for _, difference in tested])
+    for (index, difference), p_value in zip(tested, adjusted, strict=True):
+        better = (difference.estimate > 0) == found[index].higher_is_better
+        outcome: Outcome = "within noise" if p_value >= ERROR else "improved" if better else "worsened"
+        found[index] = replace(found[index], corrected=p_value, outcome=outcome)
+    return found
+
+
+def _costs(first: _Row, second: _Row) -> Iterator[CostChange]:
+    """Costs that are another by more than `COST_FACTOR`, on the same machine, neither run sharing it."""
+    if first.machine != second.machine:
+        return
+    runs = [{record.spec.seed: record for record in row.records if record.status == "ok"} for row in (first, second)]
+    seeds = runs[0].keys() & runs[1].keys()
+    pairs = [(runs[0][seed], runs[1][seed]) for seed in seeds]
+    if not pairs or any(record.provenance.shared_machine for pair in pairs for record in pair):
+        return
+    seconds = [statistics.fmean(pair[side].prune_seconds for pair in pairs) for side in (0, 1)]
+    if _differs(*seconds) and abs(seconds[1] - seconds[0]) >= LEAST_SECONDS:
+        yield CostChange(second.label, second.machine, "prune seconds", *seconds)
+    peaks = [[pair[side].peak_bytes for pair in pairs] for side in (0, 1)]
+    known = [statistics.fmean(peak for peak in side if peak is not None) for side in peaks if None not in side]
+    if len(known) == 2 and _differs(*known):
+        yield CostChange(second.label, second.machine, "peak memory", *known)
+
+
+def _differs(first: float, second: float) -> bool:
+    return max(first, second) > COST_FACTOR * min(first, second)
+
+
+def _side(row: _Row, runs: Sequence[Measured] | Sequence[RunRecord]) -> Side:
+    """One side of a change."""
+    records = [run.record if isinstance(run, Measured) else run for run in runs]
+    values = [run.score.value for run in runs if isinstance(run, Measured)]
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known and len(known) == len(values) else None
+    return Side(row.machine, tuple(record.spec.seed for record in records), mean, tuple(record.id for record in records))
+
+
+def _not_as_it_was(first: _Row, second: _Row) -> tuple[str, ...]:
+    """What of a row changed that does not keep it apart."""
+    one, other = first.records[-1].spec, second.records[-1].spec
+    found = [
+        f"{now.text.partition('[')[0]} revision {then.revision} → {now.revision}"
+        for then, now in zip(one.steps, other.steps, strict=True)
+        if then.revision != now.revision
+    ]
+    if first.machine != second.machine:
+        found.append(f"machine {first.machine} → {second.machine}")
+    if one.model.name != other.model.name:
+        found.append(f"called {one.model.name} before")
+    return tuple(found)
+
+
+def _revised(mine: _Score, theirs: _Score) -> tuple[str, ...]:
+    return () if mine.revision == theirs.revision else (f"evaluation revision {mine.revision} → {theirs.revision}",)
+
+
+def _missing(mine: _Score, theirs: _Score) -> Iterator[str]:
+    """Seeds that only one side has."""
+    if {None} in (mine.measured.keys(), theirs.measured.keys()):
+        return
+    for said, one, other in (("vanished", mine, theirs), ("appeared", theirs, mine)):
+        seeds = sorted(str(seed) for seed in one.measured.keys() - other.measured.keys() - other.without.keys())
+        if seeds:
+            yield f"seed {', '.join(seeds)} {said}"
+
+
+def _ending(record: RunRecord) -> str:
+    """How a run ended that has no scores."""
+    if record.failure is not None:
+        return f"failed ({record.failure.kind}): {record.failure.message}"
+    return f"{record.status}: {record.reason}" if record.reason else record.status
+
+
+def _order(change: Change) -> tuple[int, float, str, str, str, tuple[str, ...]]:
+    """Outcomes in their order; within one the largest change first, relative where it is."""
+    size = abs(change.difference.estimate) if change.difference is not None else math.inf
+    label = change.label
+    return OUTCOMES.index(change.outcome), -size, label.model, label.target, label.method, change.scores

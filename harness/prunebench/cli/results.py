@@ -58,6 +58,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Write the board as Markdown to this file.")] = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Draw the board as an SVG picture.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as CSV, a line each.")] = None,
+    latex: Annotated[Path | None, typer.Option("--latex", help="Write LaTeX tables (booktabs), ready for a paper.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the board as JSON.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Only sections whose title contains this.")] = None,
 ) -> None:
@@ -70,6 +71,7 @@ def report(
     from prunebench.results.board import build_board
     from prunebench.results.exports import to_json
     from prunebench.results.files import write_text
+    from prunebench.results.latex import to_latex
     from prunebench.results.leaderboard import to_markdown
     from prunebench.results.published import load_published
     from prunebench.results.sheet import to_csv
@@ -94,6 +96,7 @@ def report(
         (out, lambda: to_markdown(board, placed)),
         (picture, lambda: draw_board(board)),
         (csv, lambda: to_csv(board)),
+        (latex, lambda: to_latex(board)),
         (as_json, lambda: to_json(board, placed)),
     )
     for path, text in writers:

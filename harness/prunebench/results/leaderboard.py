@@ -66,7 +66,7 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         "" if row.rank is None else str(row.rank),
         f"{method} (tuned)" if row.tuned else method,
         _value(section, row),
-        _versus(section, row),
+        versus_text(section, row),
         *(
             [_against(section, row, row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""]
             if table.training
@@ -92,7 +92,7 @@ def _part(section: Section, row: Row, part: str) -> str:
     return f"{value_text(row.parts[part], section.is_share)}{_GUESS if part in row.guesses else ''}"
 
 
-def _versus(section: Section, row: Row) -> str:
+def versus_text(section: Section, row: Row) -> str:
     """The difference from dense with its interval: of perplexities relative, of shares in points."""
     if row.versus is None:
         return _against(section, row, row.dense)
@@ -140,7 +140,7 @@ def _published_markdown(published: Sequence[Beside]) -> str:
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
-    told = [_what(conditions), str(conditions.get("dtype")), f"{conditions.get('attention')} attention"]
+    told = [what_was_asked(conditions), str(conditions.get("dtype")), f"{conditions.get('attention')} attention"]
     notes = [f"Evaluation: {', '.join(filter(None, told))} (conditions `{fingerprint(dict(conditions))}`)."]
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
@@ -166,7 +166,7 @@ def section_notes(section: Section) -> list[str]:
     return notes
 
 
-def _what(conditions: Mapping[str, Any]) -> str:
+def what_was_asked(conditions: Mapping[str, Any]) -> str:
     """What was asked, in a few words; nothing where an evaluation does not say it as the built-in ones do."""
     reads = Asked.by(conditions)
     if reads.windows:

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunebench.errors import StoreError
+from prunebench.errors import RequestError, StoreError
 from prunebench.results.comparison import LoadItems
 from prunebench.results.leaderboard import target_title
 from prunebench.results.mask_files import MaskFile
-from prunebench.results.overlap import overlap
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.overlap import overlap, overlap_in_total
+from prunebench.results.records import Recipe, RunRecord, fingerprint
 from prunebench.results.rows import DENSE, seed_order
 
 SPARSITY, ERROR, OVERLAP = "sparsity %", "output error", "overlap of removed weights"
@@ -41,8 +43,9 @@ class Heat:
 
     title: str
     """Model and target."""
+    machine: str
     method: str
-    """Or two of them, of an overlap."""
+    """Or two of them, of an overlap; with the recipe, where several rows differ in that alone."""
     what: str
     """`sparsity %`, `output error` or `overlap of removed weights`."""
     roles: tuple[str, ...]
@@ -59,56 +62,58 @@ class OverlapSquare:
 
     title: str
     """Model and target; and how many were left out, where there were too many."""
+    machine: str
     labels: tuple[str, ...]
-    """Methods, with the seed where there is one."""
+    """Methods, with the recipe where several rows differ in that alone, and the seed where there is one."""
     values: NDArray[np.float64]
-    """[labels, labels], Jaccard indices over all matrices that two masks share; nan where they share none."""
+    """[labels, labels], Jaccard indices over all matrices together; nan where two masks are not of the same ones."""
     ids: tuple[str, ...]
     """One a label."""
 
 
 def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Iterator[Heat]:
-    """The sparsity found and the output error of each row, then the overlap of each two methods with a seed in common."""
-    groups = _groups(records)
-    for runs in groups.values():
-        about = (_title(runs[0]), runs[0].spec.method)
-        audits = [run.audit for run in runs if run.audit is not None]
-        found = [{one.name: 100 * one.zeros / math.prod(one.shape) for one in audit.matrices} for audit in audits]
-        if runs[0].spec.target != DENSE:
-            yield from _heat(*about, SPARSITY, found, runs)
-        errors = [_errors(run, load) for run in runs]
-        yield from _heat(*about, ERROR, [one for one in errors if one], runs)
-    for several in _at_one_target(groups).values():
-        kept = list(_kept([runs[0] for runs in several], masks))[:MOST_MASKS]
+    """The sparsity found and the output error of each row, then the overlap of each two rows, by their first seeds."""
+    for lines in _lines(records):
+        for line in lines:
+            audits = [run.audit for run in line.runs if run.audit is not None]
+            found = [{one.name: 100 * one.zeros / math.prod(one.shape) for one in audit.matrices} for audit in audits]
+            if line.runs[0].spec.target != DENSE:
+                yield from _heat(line, SPARSITY, found)
+            errors = [_errors(run, load) for run in line.runs]
+            yield from _heat(line, ERROR, [one for one in errors if one])
+        kept = [(line, mask) for line in lines for _, mask in _kept(line.runs[:1], masks)][:MOST_MASKS]
         for (first, one), (second, other) in combinations(kept, 2):
-            label = f"{first.spec.method} / {second.spec.method}"
-            yield from _heat(_title(first), label, OVERLAP, [overlap(one, other)], [first, second])
+            pair = _Line(f"{first.label} / {second.label}", [first.runs[0], second.runs[0]])
+            with suppress(RequestError):  # one of them prunes other matrices
+                yield from _heat(pair, OVERLAP, [overlap(one, other)])
 
 
 def overlaps_of(records: Sequence[RunRecord], masks: Masks) -> Iterator[OverlapSquare]:
-    """A square for each model and target of which two masks are kept."""
-    for several in _at_one_target(_groups(records)).values():
-        every = list(_kept([run for runs in several for run in runs], masks))
+    """A square for each model, machine and target of which two masks are kept."""
+    for lines in _lines(records):
+        every = [(line, run, mask) for line in lines for run, mask in _kept(line.runs, masks)]
         kept = every[:MOST_MASKS]
         if len(kept) < 2:
             continue
         values = np.eye(len(kept))
-        for (i, (_, one)), (j, (_, other)) in combinations(enumerate(kept), 2):
-            values[i, j] = values[j, i] = jaccard(one, other)
-        left = f", the first {len(kept)} of {len(every)} masks" if len(every) > len(kept) else ""
-        labels = tuple(_label(run) for run, _ in kept)
-        yield OverlapSquare(f"{_title(kept[0][0])}{left}", labels, values, tuple(run.id for run, _ in kept))
+        for (i, (*_, one)), (j, (*_, other)) in combinations(enumerate(kept), 2):
+            values[i, j] = values[j, i] = agreement(one, other)
+        first = kept[0][1]
+        yield OverlapSquare(
+            title=_title(first) + (f", the first {len(kept)} of {len(every)} masks" if len(every) > len(kept) else ""),
+            machine=first.machine,
+            labels=tuple(f"{line.label}{_seed(run)}" for line, run, _ in kept),
+            values=values,
+            ids=tuple(run.id for _, run, _ in kept),
+        )
 
 
-def jaccard(first: MaskFile, second: MaskFile) -> float:
-    """Of the weights that either removes, in the matrices that both have, the share that both remove; nan where none is."""
-    both = either = 0.0
-    for name, share in overlap(first, second).items():
-        if math.isfinite(share):
-            removed = first.removed(name) + second.removed(name)
-            common = removed * share / (1 + share)  # from share = common / (removed - common)
-            both, either = both + common, either + removed - common
-    return both / either if either else math.nan
+def agreement(first: MaskFile, second: MaskFile) -> float:
+    """Of the weights that either removes the share that both remove; nan where none is, or the matrices are not the same."""
+    try:
+        return overlap_in_total(first, second)
+    except RequestError:
+        return math.nan
 
 
 def place_of(name: str) -> tuple[int, str] | None:
@@ -120,9 +125,7 @@ def place_of(name: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found else None
 
 
-def _heat(
-    title: str, method: str, what: str, found: Sequence[Mapping[str, float]], runs: Sequence[RunRecord]
-) -> Iterator[Heat]:
+def _heat(line: _Line, what: str, found: Sequence[Mapping[str, float]]) -> Iterator[Heat]:
     """The mean over runs of each matrix; nothing where no matrix is in a block."""
     names = dict.fromkeys(name for one in found for name in one)
     places = {name: place for name in names if (place := place_of(name)) is not None}
@@ -133,7 +136,9 @@ def _heat(
     values = np.full((len(roles), len(blocks)), math.nan)
     for name, (block, role) in places.items():
         values[roles.index(role), blocks.index(block)] = statistics.fmean(one[name] for one in found if name in one)
-    yield Heat(title, method, what, _short(roles), tuple(blocks), values, tuple(run.id for run in runs))
+    first = line.runs[0]
+    ids = tuple(run.id for run in line.runs)
+    yield Heat(_title(first), first.machine, line.label, what, _short(roles), tuple(blocks), values, ids)
 
 
 def _short(roles: Sequence[str]) -> tuple[str, ...]:
@@ -155,24 +160,38 @@ def _errors(run: RunRecord, load: LoadItems) -> dict[str, float]:
     return {}
 
 
-def _groups(records: Iterable[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]:
-    """The runs of each row, in the order of their seeds; the last parts of a key are target and method."""
-    found: dict[tuple[str, ...], list[RunRecord]] = {}
+@dataclass(frozen=True)
+class _Line:
+    """The seeds of one method and recipe, at one target."""
+
+    label: str
+    runs: list[RunRecord]
+
+
+def _lines(records: Iterable[RunRecord]) -> list[list[_Line]]:
+    """By model, machine and target, the rows with their runs in the order of their seeds."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[RunRecord]]] = {}
     for record in sorted(records, key=lambda record: (seed_order(record), record.id)):
         if record.status == "ok":
             spec = record.spec
-            key = (spec.model.name, spec.model.weights, record.machine, spec.target, spec.method, fingerprint(spec.recipe))
-            found.setdefault(key, []).append(record)
-    return dict(sorted(found.items()))
+            group = groups.setdefault((spec.model.name, spec.model.weights, record.machine, spec.target), {})
+            group.setdefault((spec.method, fingerprint(spec.recipe)), []).append(record)
+    return [_labelled(group) for _, group in sorted(groups.items())]
 
 
-def _at_one_target(groups: Mapping[tuple[str, ...], list[RunRecord]]) -> dict[tuple[str, ...], list[list[RunRecord]]]:
-    """The rows of each model, machine and target, without what was not pruned."""
-    found: dict[tuple[str, ...], list[list[RunRecord]]] = {}
-    for key, runs in groups.items():
-        if key[3] != DENSE:
-            found.setdefault(key[:4], []).append(runs)
-    return found
+def _labelled(group: Mapping[tuple[str, str], list[RunRecord]]) -> list[_Line]:
+    """With the recipe where it tells rows of one method apart."""
+    often = Counter(method for method, _ in group)
+    rows = sorted(group.items())
+    return [
+        _Line(method if often[method] == 1 else f"{method} ({_given(runs[0].spec.recipe)})", runs) for (method, _), runs in rows
+    ]
+
+
+def _given(recipe: Recipe) -> str:
+    calibrated = f"{recipe.samples} x {recipe.length} of {recipe.calibration.label()}" if recipe.calibration else ""
+    trained = f"{recipe.training_tokens:,} of {recipe.training.label()}" if recipe.training and recipe.training_tokens else ""
+    return "; ".join(filter(None, (calibrated, trained))) or "no data"
 
 
 def _kept(runs: Iterable[RunRecord], masks: Masks) -> Iterator[tuple[RunRecord, MaskFile]]:
@@ -190,5 +209,5 @@ def _title(run: RunRecord) -> str:
     return f"{run.spec.model.name}, {target_title(run.spec.target)}"
 
 
-def _label(run: RunRecord) -> str:
-    return run.spec.method if run.spec.seed is None else f"{run.spec.method}, seed {run.spec.seed}"
+def _seed(run: RunRecord) -> str:
+    return "" if run.spec.seed is None else f", seed {run.spec.seed}"

@@ -27,7 +27,7 @@ def compare(
 
     Example: prunebench compare 3f2a 91bc
     """
-    folders = [Path(name).is_dir() for name in (first, second)]
+    folders = [bool(name) and Path(name).is_dir() for name in (first, second)]
     if any(folders):
         if not all(folders):
             other = second if folders[0] else first

@@ -153,22 +153,23 @@ def _float(section: Section, tables: Sequence[Table], label: str) -> str:
     width = sum(column.width for column in columns)
     notes = _Notes()
     top = [row for row in tables[0].rows if row.unpruned]
+    several = len(tables) > 1
     lines = [
         r"\begin{table}",
         r"\centering",
+        r"\setlength{\belowcaptionskip}{6pt}",
         f"\\caption{{{_caption(section, tables)}}}",
         f"\\label{{{label}}}",
-        r"\small" if len(columns) <= MOST_TARGETS else r"\footnotesize",
-        r"\setlength{\tabcolsep}{4pt}",
+        _size(several, len(columns)),
         f"\\begin{{tabular}}{{@{{}}l{''.join(column.spec for column in columns)}@{{}}}}",
         r"\toprule",
-        *(_kinds(tables) if len(tables) > 1 else []),
+        *(_kinds(tables) if several else []),
         " & ".join(["Method", *(column.title for column in columns)]) + r" \\",
         r"\midrule",
     ]
     for row in top:
         same = f"\\multicolumn{{{width}}}{{c}}{{{_mean(section, row)}{_spread(section, row)}}}"
-        cells = [same] if len(tables) > 1 else [column.text(row.method) for column in columns]
+        cells = [same] if several else [column.text(row.method) for column in columns]
         lines.append(" & ".join([notes.name(row), *cells]) + r" \\")
     pruned = _methods(tables)
     lines += [r"\midrule"] if top and pruned else []
@@ -179,6 +180,13 @@ def _float(section: Section, tables: Sequence[Table], label: str) -> str:
         lines += [r"\par\smallskip", r"\begin{minipage}{0.95\linewidth}", r"\footnotesize\raggedright"]
         lines += [*notes.lines, r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table}"])
+
+
+def _size(several: bool, columns: int) -> str:
+    """Type by which a table fits LaTeX's narrow pages, 345 points wide."""
+    if several:
+        return (r"\small" if columns < 5 else r"\footnotesize") + r"\setlength{\tabcolsep}{4pt}"
+    return r"\footnotesize\setlength{\tabcolsep}{3pt}" if columns < 7 else r"\scriptsize\setlength{\tabcolsep}{2pt}"
 
 
 def _methods(tables: Sequence[Table]) -> dict[str, Row]:
@@ -224,12 +232,14 @@ def _value_column(section: Section, table: Table, heading: str) -> _Column:
 def _all_columns(section: Section, table: Table) -> list[_Column]:
     """What there is room for beside one target: each task, or the difference from dense, the rank and costs."""
     rows = {row.method: row for row in table.rows}
-    percent = r" (\%)" if section.is_share else ""
+    shows_parts = 0 < len(section.parts) <= MOST_PARTS
+    percent = r" (\%)" if section.is_share and not shows_parts else ""
     value = _value_column(section, table, f"{latex(section.unit)}{percent}")
     versus = "vs dense" + (r" (\%)" if section.is_ratio else " (points)" if section.is_share else "")
     beside = [_Column(versus, rows, lambda row: _versus(section, row), r"r@{\ }l")]
-    if 0 < len(section.parts) <= MOST_PARTS:
-        return [*(_part_column(section, rows, part) for part in section.parts), value, *beside]
+    if shows_parts:
+        parts = [_part_column(section, rows, part) for part in section.parts]
+        return [*parts, value, *(beside if len(parts) < 5 else [])]
     beside.append(_Column("rank", rows, lambda row: str(row.rank or "").replace("-", "--"), "c"))
     if section.shows_costs:
         beside.append(_Column("prune s", rows, lambda row: _cost(row, row.prune_seconds, 2)))
@@ -284,7 +294,7 @@ def _caption(section: Section, tables: Sequence[Table]) -> str:
     if any(row.rank is not None for row in rows):
         items = "questions" if section.asks_questions else "windows"
         said.append(
-            f"Bold: no method of the column is significantly better. Ranks rest on paired tests over the same {items}, with "
+            f"Bold: no method is significantly better at that target. Ranks rest on paired tests over the same {items}, with "
             "Holm's correction over all pairs of a target (5%)."
         )
     caption = latex(" ".join(filter(None, said)))

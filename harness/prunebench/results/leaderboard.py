@@ -252,7 +252,7 @@ def _section_markdown(section: Section) -> str:
 def table_limits(section: Section, table: Table) -> str | None:
     """What a table can and cannot show."""
     if table.detectable is None:
-        unranked = sum(not math.isnan(row.mean) for row in table.rows if row.method != DENSE)
+        unranked = sum(not math.isnan(row.mean) for row in table.rows if not row.unpruned)
         return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
     if math.isinf(table.detectable):
         return "So few items tell no two rows apart."

@@ -31,6 +31,17 @@ _OWN = {"dense": INK, "wanda": 0, "sparsegpt": 1, "magnitude": 2, "wanda++": 3, 
 
 _FOR_OTHERS = (7, 8, 5, 6, 4, 3, 2, 1, 0)
 
+PHASES = {
+    "calibration": ("#8a93a0", "#79828e"),
+    "statistics": ("#2f6fa8", "#5f9fd6"),
+    "scoring": ("#d08a1d", "#e0a84a"),
+    "update": ("#3b8f7c", "#58b39e"),
+    "propagation": ("#a3c4dd", "#a8c8e2"),
+    "training": ("#9a5b8f", "#bb82b2"),
+    "other": ("#cfd3d8", "#4a525c"),
+}
+"""Colours of phases, side by side in the order of the work; dark and pale take turns."""
+
 SHAPES = ("circle", "square", "diamond", "triangle", "cross", "star")
 """Nothing after the mask, `perp`, `lora`, `dsnot`, another step, several steps."""
 

@@ -120,7 +120,7 @@ class ExportedNumber(_Frozen):
     target: str
     what: str = Field(description="the task, or the metric")
     printed: str
-    value: float = Field(description="perplexity, or accuracy in per cent")
+    value: float | None = Field(description="perplexity, or accuracy in per cent; null where the paper has no number")
     ours: float | None = Field(description="in the same unit, mean over seeds")
     seeds: int = Field(description="how many of ours")
     status: str = Field(description="`reproduced`, `off`, `not run`, `not comparable` or `copy`")
@@ -258,7 +258,7 @@ def _number(one: Beside) -> ExportedNumber:
         target=number.target,
         what=number.task or number.metric,
         printed=number.printed,
-        value=number.value,
+        value=_finite(number.value),
         ours=_finite(one.ours),
         seeds=one.seeds,
         status=one.status,

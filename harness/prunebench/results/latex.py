@@ -37,7 +37,7 @@ _CHARACTERS = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
-    "`": r"\textasciigrave{}",
+    "`": r"\`{}",
     "±": r"$\pm$",
     "×": r"$\times$",
     "≈": r"$\approx$",
@@ -54,9 +54,9 @@ def to_latex(board: Board) -> str:
     parts = [r"% Made by `prunebench report --latex`. In the preamble: \usepackage{booktabs}"]
     labels: Counter[str] = Counter()
     for section in board.sections:
-        parts.append(f"% {plain(section.title)}")
+        parts.append(_comment(section.title))
         if section.silence:
-            parts.append(f"% No tables: {plain(section.silence)}")
+            parts.append(_comment(f"No tables: {section.silence}"))
             continue
         for _, tables in groupby(section.tables, key=lambda table: table.training):
             listed = list(tables)
@@ -72,6 +72,10 @@ def latex(text: str) -> str:
     """A text of anybody's on one line in plain ASCII, with nothing in it that TeX would act upon."""
     escaped = "".join(map(_character, " ".join(plain(text).split())))
     return re.sub(r"([-,!?'])(?=[-,'`])", r"\1{}", escaped).replace("!\\text", "!{}\\text").replace("?\\text", "?{}\\text")
+
+
+def _comment(text: str) -> str:
+    return f"% {plain(text)}".encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _character(character: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunebench.errors import RequestError, StoreError
+from prunebench.report.naming import short_labels
 from prunebench.results.comparison import LoadItems
 from prunebench.results.leaderboard import target_title
 from prunebench.results.mask_files import MaskFile
@@ -45,7 +45,7 @@ class Heat:
     """Model and target."""
     machine: str
     method: str
-    """Or two of them, of an overlap; with the recipe, where several rows differ in that alone."""
+    """In short, or two of them, of an overlap; with the data where several rows differ in that alone."""
     what: str
     """`sparsity %`, `output error` or `overlap of removed weights`."""
     roles: tuple[str, ...]
@@ -64,7 +64,7 @@ class OverlapSquare:
     """Model and target; and how many were left out, where there were too many."""
     machine: str
     labels: tuple[str, ...]
-    """Methods, with the recipe where several rows differ in that alone, and the seed where there is one."""
+    """Methods in short, with the data where several rows differ in that alone, and the seed where there is one."""
     values: NDArray[np.float64]
     """[labels, labels], Jaccard indices over all matrices together; nan where two masks are not of the same ones."""
     ids: tuple[str, ...]
@@ -81,9 +81,9 @@ def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Ite
                 yield from _heat(line, SPARSITY, found)
             errors = [_errors(run, load) for run in line.runs]
             yield from _heat(line, ERROR, [one for one in errors if one])
-        kept = [(line, mask) for line in lines for _, mask in _kept(line.runs[:1], masks)][:MOST_MASKS]
-        for (first, one), (second, other) in combinations(kept, 2):
-            pair = _Line(f"{first.label} / {second.label}", [first.runs[0], second.runs[0]])
+        kept = [(line.label, *next(iter(found.values()))) for line in lines if (found := _kept(line, masks))][:MOST_MASKS]
+        for (first, run, one), (second, another, other) in combinations(kept, 2):
+            pair = _Line(f"{first} / {second}", [run, another])
             with suppress(RequestError):  # one of them prunes other matrices
                 yield from _heat(pair, OVERLAP, [overlap(one, other)])
 
@@ -91,7 +91,7 @@ def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Ite
 def overlaps_of(records: Sequence[RunRecord], masks: Masks) -> Iterator[OverlapSquare]:
     """A square for each model, machine and target of which two masks are kept."""
     for lines in _lines(records):
-        every = [(line, run, mask) for line in lines for run, mask in _kept(line.runs, masks)]
+        every = [(line, run, mask) for line in lines for run, mask in _kept(line, masks).values()]
         kept = every[:MOST_MASKS]
         if len(kept) < 2:
             continue
@@ -171,7 +171,7 @@ class _Line:
 def _lines(records: Iterable[RunRecord]) -> list[list[_Line]]:
     """By model, machine and target, the rows with their runs in the order of their seeds."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], list[RunRecord]]] = {}
-    for record in sorted(records, key=lambda record: (seed_order(record), record.id)):
+    for record in sorted(records, key=lambda record: (seed_order(record), record.provenance.started, record.id)):
         if record.status == "ok":
             spec = record.spec
             group = groups.setdefault((spec.model.name, spec.model.weights, record.machine, spec.target), {})
@@ -180,29 +180,43 @@ def _lines(records: Iterable[RunRecord]) -> list[list[_Line]]:
 
 
 def _labelled(group: Mapping[tuple[str, str], list[RunRecord]]) -> list[_Line]:
-    """With the recipe where it tells rows of one method apart."""
-    often = Counter(method for method, _ in group)
-    rows = sorted(group.items())
-    return [
-        _Line(method if often[method] == 1 else f"{method} ({_given(runs[0].spec.recipe)})", runs) for (method, _), runs in rows
-    ]
+    """With the data where these tell rows of one method apart."""
+    by_method: dict[str, list[list[RunRecord]]] = {}
+    for (method, _), runs in sorted(group.items()):
+        by_method.setdefault(method, []).append(runs)
+    short, lines = short_labels(by_method), []
+    for method, rows in by_method.items():
+        recipes = [runs[0].spec.recipe for runs in rows]
+        given = next((told for told in (_texts(recipes), _whole(recipes)) if len(set(told)) == len(told)), _whole(recipes))
+        labels = [f"{short[method]} ({told})" for told in given] if len(rows) > 1 else [short[method]]
+        lines += [_Line(label, runs) for label, runs in zip(labels, rows, strict=True)]
+    return lines
 
 
-def _given(recipe: Recipe) -> str:
-    calibrated = f"{recipe.samples} x {recipe.length} of {recipe.calibration.label()}" if recipe.calibration else ""
-    trained = f"{recipe.training_tokens:,} of {recipe.training.label()}" if recipe.training and recipe.training_tokens else ""
-    return "; ".join(filter(None, (calibrated, trained))) or "no data"
+def _texts(recipes: Sequence[Recipe]) -> list[str]:
+    """By the names of their texts."""
+    return [" and ".join(text.name for text in (one.calibration, one.training) if text) or "no data" for one in recipes]
 
 
-def _kept(runs: Iterable[RunRecord], masks: Masks) -> Iterator[tuple[RunRecord, MaskFile]]:
-    """The runs whose masks are kept and can be read."""
-    for run in runs:
-        try:
-            found = masks(run)
-        except StoreError:
-            continue
-        if found is not None:
-            yield run, found
+def _whole(recipes: Sequence[Recipe]) -> list[str]:
+    """By all that is in them."""
+    found = []
+    for one in recipes:
+        calibrated = f"{one.samples} x {one.length} of {one.calibration.label()}" if one.calibration else ""
+        trained = f"{one.training_tokens or 0:,} of {one.training.label()}" if one.training else ""
+        found.append("; ".join(filter(None, (calibrated, trained))) or "no data")
+    return found
+
+
+def _kept(line: _Line, masks: Masks) -> dict[int | None, tuple[RunRecord, MaskFile]]:
+    """By seed the last of a row's runs whose masks are kept and can be read; runs of one seed differ in what they measured."""
+    found: dict[int | None, tuple[RunRecord, MaskFile]] = {}
+    for run in line.runs:
+        with suppress(StoreError):
+            mask = masks(run)
+            if mask is not None:
+                found[run.spec.seed] = (run, mask)
+    return found
 
 
 def _title(run: RunRecord) -> str:

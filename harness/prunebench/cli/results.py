@@ -60,6 +60,8 @@ def report(
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as CSV, a line each.")] = None,
     latex: Annotated[Path | None, typer.Option("--latex", help="Write LaTeX tables (booktabs), ready for a paper.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the board as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Draw all figures into this folder, as SVG and PNG.")] = None,
+    covers: Annotated[Path | None, typer.Option("--covers", help="Draw the README's two into this folder.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Only sections whose title contains this.")] = None,
 ) -> None:
     """Make the leaderboard from the records.
@@ -103,3 +105,14 @@ def report(
         if path is not None:
             write_text(path, text())
             terminal.print(f"\nWritten to {escape(str(path))}.")
+    if plots is not None or covers is not None:
+        from prunebench.report.figures import figures_of
+        from prunebench.report.plots import write_covers, write_plots
+
+        figures = figures_of(board, present, placed, store.masks, store.items)
+        for folder, write in ((plots, write_plots), (covers, write_covers)):
+            if folder is not None:
+                written = write(figures, folder)
+                terminal.print(f"\nDrawn into {escape(str(folder))}: {len(written)} files.")
+                for path in written:
+                    terminal.print(f"  {escape(path.name)}", soft_wrap=True)

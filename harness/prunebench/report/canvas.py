@@ -127,9 +127,9 @@ def quality_label(quality: str, higher_is_better: bool) -> str:
     return f"{wrapped(quality, 40)} ({'higher' if higher_is_better else 'lower'} is better)"
 
 
-def common_handles(dense: float | None, published: Sequence[Hollow]) -> list[Artist]:
+def common_handles(dense: float | None, published: Sequence[Hollow]) -> list[Line2D]:
     """The legend's entries for dense and for the papers."""
-    handles: list[Artist] = []
+    handles = []
     if dense is not None:
         handles.append(Line2D([], [], label=f"dense {number(dense)}", **_DENSE))
     if published:
@@ -145,8 +145,8 @@ def finish(figure: Figure, title: str, notes: Sequence[str], handles: Sequence[A
     told = "\n".join(wrapped(note, 125, MOST_OF_TITLE) for note in notes if note)
     figure.supxlabel(told, x=0.01, ha="left", fontsize=6.5, color=SOFT)
     if handles:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02), "borderaxespad": 0.4}
-        figure.axes[-1].legend(handles=handles, labelspacing=0.55, handlelength=1.6, **beside)
+        place: Mapping[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02), "borderaxespad": 0.4}
+        figure.axes[-1].legend(handles=handles, labelspacing=0.55, handlelength=1.6, **place)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # which else would do it all again for each format
     return figure

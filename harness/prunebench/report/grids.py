@@ -102,7 +102,7 @@ def draw_overlap(square: OverlapSquare) -> Figure:
     axes.set_xticks(range(count), [str(index + 1) for index in range(count)])
     bare(axes)
     _colour_bar(figure, image, [axes], "removed by both, of removed by either")
-    note = f"Jaccard index of the weights that are removed. Machine {square.machine}."
+    note = f"Jaccard index of the weights that are removed; of random masks {square.chance:.2f}. Machine {square.machine}."
     return finish(figure, f"Overlap of masks: {square.title}", [note], [])
 
 
@@ -118,8 +118,8 @@ def _scale(heats: Sequence[Heat]) -> Normalize:
 
 
 def _colour_bar(figure: Figure, image: AxesImage, places: Sequence[Axes], label: str) -> None:
+    low, high = map(float, image.get_clim())
     bar = figure.colorbar(image, ax=list(places), shrink=0.9, pad=0.015, aspect=30)
-    low, high = image.norm.vmin or 0.0, image.norm.vmax or 1.0
     axis = value_axis([low, high], always=isinstance(image.norm, LogNorm), linear=not isinstance(image.norm, LogNorm))
     ticks = [tick for tick in axis.ticks if low <= tick <= high]
     bar.set_ticks(ticks, labels=[tick_text(tick) for tick in ticks])

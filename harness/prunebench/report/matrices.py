@@ -25,6 +25,7 @@ from prunebench.results.mask_files import MaskFile
 from prunebench.results.overlap import overlap, overlap_in_total
 from prunebench.results.records import Recipe, RunRecord, fingerprint
 from prunebench.results.rows import DENSE, seed_order
+from prunebench.targets import parse_target
 
 SPARSITY, ERROR, OVERLAP = "sparsity %", "output error", "overlap of removed weights"
 
@@ -69,6 +70,8 @@ class OverlapSquare:
     """[labels, labels], Jaccard indices over all matrices together; nan where two masks are not of the same ones."""
     ids: tuple[str, ...]
     """One a label."""
+    chance: float
+    """What two masks that remove as many weights at random come to."""
 
 
 def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Iterator[Heat]:
@@ -81,7 +84,7 @@ def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Ite
                 yield from _heat(line, SPARSITY, found)
             errors = [_errors(run, load) for run in line.runs]
             yield from _heat(line, ERROR, [one for one in errors if one])
-        kept = [(line.label, *next(iter(found.values()))) for line in lines if (found := _kept(line, masks))][:MOST_MASKS]
+        kept = [(line.label, *next(iter(own.values()))) for line in lines if (own := _kept(line, masks))][:MOST_MASKS]
         for (first, run, one), (second, another, other) in combinations(kept, 2):
             pair = _Line(f"{first} / {second}", [run, another])
             with suppress(RequestError):  # one of them prunes other matrices
@@ -105,6 +108,7 @@ def overlaps_of(records: Sequence[RunRecord], masks: Masks) -> Iterator[OverlapS
             labels=tuple(f"{line.label}{_seed(run)}" for line, run, _ in kept),
             values=values,
             ids=tuple(run.id for _, run, _ in kept),
+            chance=(share := parse_target(first.spec.target).sparsity) / (2 - share),
         )
 
 

@@ -101,7 +101,7 @@ _UNKNOWN = "the value of "
 def examine(
     entries: Sequence[Entry],
     known: Sequence[Entry] = (),
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Examination:
     """Make every check that needs no model.
 

@@ -207,12 +207,13 @@ def better_than_dense(near: Neighbours) -> Iterator[Finding]:
             if dense is None or score.value is None:
                 continue
             base = dense[0].record.scores[dense[1]]
-            better = (
-                base.value is not None and score.value != base.value and (score.value > base.value) == score.higher_is_better
-            )
-            p_value = _p_value(entry, name, *dense) if better else None
+            if base.value is None or score.value == base.value or (score.value > base.value) != score.higher_is_better:
+                continue
+            p_value = _p_value(entry, name, *dense)
             if p_value is not None and p_value < SURPRISING:
-                said = f"is {score.value:.6g}, better than the dense model's {base.value:.6g} in {dense[0].label} (p {p_value:.1g})"
+                said = (
+                    f"is {score.value:.6g}, better than the dense model's {base.value:.6g} ({dense[0].label}, p {p_value:.1g})"
+                )
                 yield entry.finding("odd", f"scores.{name}.value", said, "warning")
 
 

@@ -148,27 +148,29 @@ def _counts(entry: Entry, record: RunRecord, matrices: Sequence[MatrixAudit]) ->
     if isinstance(target, Unstructured):
         total = target.removed(sum(map(_size, matrices)))
         if sum(matrix.removed for matrix in matrices) != total:  # a model's total need not be every matrix's
-            slabs = _slabs(record)
-            for matrix in matrices:
-                wanted = _possible(matrix, target, slabs)
-                if matrix.removed not in wanted:
-                    yield entry.finding(
-                        "target",
-                        f"audit.matrices.{matrix.name}.removed",
-                        f"is {matrix.removed} of {_size(matrix)}, and the target {target} asks for {' or '.join(map(str, wanted))}",
-                    )
+            yield from _exact(entry, record, target)
+    explained = any("extra_zeros" in step.notes for step in record.steps)
     for matrix in matrices:
-        place, size = f"audit.matrices.{matrix.name}.removed", _size(matrix)
+        place, size = f"audit.matrices.{matrix.name}", _size(matrix)
         if isinstance(target, NM) and matrix.removed < size // target.of * (target.of - target.keep):
-            yield entry.finding("target", place, f"is {matrix.removed} of {size}, fewer than the target {target} asks for")
+            said = f"is {matrix.removed} of {size}, fewer than the target {target} asks for"
+            yield entry.finding("audit", f"{place}.removed", said)
         if isinstance(target, Dense) and matrix.removed:
-            yield entry.finding("target", place, f"is {matrix.removed}, and the target is dense")
-        explained = any("extra_zeros" in step.notes for step in record.steps)
+            yield entry.finding("audit", f"{place}.removed", f"is {matrix.removed}, and the target is dense")
         if not explained and not isinstance(target, Dense) and matrix.zeros - matrix.removed > EXTRA_ZEROS * size:
-            place = f"audit.matrices.{matrix.name}.zeros"
-            yield entry.finding(
-                "target", place, f"is {matrix.zeros - matrix.removed} beyond what was removed, and no note says why"
-            )
+            said = f"is {matrix.zeros - matrix.removed} beyond what was removed, and no note says why"
+            yield entry.finding("audit", f"{place}.zeros", said)
+
+
+def _exact(entry: Entry, record: RunRecord, target: Unstructured) -> Iterator[Finding]:
+    """Matrices whose count no comparison group gives."""
+    assert record.audit is not None
+    slabs = _slabs(record)
+    for matrix in record.audit.matrices:
+        wanted = _possible(matrix, target, slabs)
+        if matrix.removed not in wanted:
+            said = f"is {matrix.removed} of {_size(matrix)}, and the target {target} asks for {' or '.join(map(str, wanted))}"
+            yield entry.finding("audit", f"audit.matrices.{matrix.name}.removed", said)
 
 
 def _possible(matrix: MatrixAudit, target: Unstructured, slabs: Sequence[int]) -> list[int]:

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunebench.errors import StoreError
+from prunebench.plain import plain
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.mask_files import MaskFile
-from prunebench.results.records import AuditRecord, MatrixAudit, RunRecord, fingerprint
+from prunebench.results.records import AuditRecord, MatrixAudit, RunRecord, canonical_json
 from prunebench.targets import NM, Target, parse_target
 
 
@@ -38,13 +39,16 @@ def _manifest(entry: Entry, record: RunRecord, found: MaskFile) -> Iterator[Find
         "weights": spec.model.weights,
         "target": spec.target,
         "method": spec.method,
-        "seed": str(spec.seed),
-        "recipe": fingerprint(spec.recipe),
+        "seed": "" if spec.seed is None else str(spec.seed),
+        "recipe": canonical_json(spec.recipe.model_dump(mode="json")),
     }
     for key, value in mine.items():
         said = found.manifest.get(key)
-        if said is not None and said != value and (key != "seed" or said != ("" if spec.seed is None else value)):
-            yield entry.finding("masks", "masks.file", f"has masks of {key} {said}, and the record is of {value}")
+        if said != value:
+            theirs = "no word" if said is None else plain(said[:60])
+            yield entry.finding(
+                "masks", "masks.file", f"says {theirs} of its {key}, and the record's is {value[:60] or 'none'}"
+            )
 
 
 def _matrices(entry: Entry, audit: AuditRecord, found: MaskFile, target: Target) -> Iterator[Finding]:

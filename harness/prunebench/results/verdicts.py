@@ -77,7 +77,8 @@ class Verdicts:
 def content_checksum(record: RunRecord) -> str:
     """SHA-256 of what a record says, without what every record says unless told otherwise.
 
-    The checksum in a record's file is of its bytes; this one outlives the upgrade to a newer schema, whose new fields are empty.
+    The checksum in a record's file is of its bytes; this one outlives the upgrade to a newer schema, of which new fields are
+    empty.
     """
     said = record.model_dump(mode="json", by_alias=True, exclude={"schema_"}, exclude_defaults=True)
     return hashlib.sha256(canonical_json(said).encode()).hexdigest()

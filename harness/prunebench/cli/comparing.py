@@ -12,6 +12,9 @@ from prunebench.cli.naming import introduce, named
 from prunebench.cli.program import Results, app, open_store, terminal
 from prunebench.errors import RequestError
 
+STANDARD = "standard-1"
+"""The suite whose methods anybody can run on any model."""
+
 
 @app.command()
 def compare(
@@ -81,3 +84,70 @@ def _compare_rows(first: str, second: str, results: Path) -> None:
         )
     introduce(records)
     print_contests(found, terminal)
+
+
+@app.command()
+def advise(
+    model: Annotated[str, typer.Option("--model", help="A model on the board, a folder, or a name on the Hub.")],
+    target: Annotated[str, typer.Option("--target", help="0.5, 2:4, …")],
+    max_seconds: Annotated[float | None, typer.Option("--max-seconds", min=0, help="Pruning may take no longer.")] = None,
+    max_memory: Annotated[float | None, typer.Option("--max-memory", min=0, help="GiB that pruning may take.")] = None,
+    no_training: Annotated[bool, typer.Option("--no-training", help="Nothing that was retrained on text.")] = False,
+    machine: Annotated[str | None, typer.Option("--machine", help="Only what was measured on this machine.")] = None,
+    results: Results = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say which pruning methods the records speak for, with the evidence, or that there is none.
+
+    Example: prunebench advise --model wiki7m --target 2:4 --no-training
+    """
+    from prunebench.plugins import load_registry
+    from prunebench.results.advice import Question, to_json
+    from prunebench.results.advice import advise as advised
+    from prunebench.results.dominance import Limits
+    from prunebench.show_advice import print_advice
+    from prunebench.targets import parse_target
+
+    wanted = str(parse_target(target))
+    if wanted == "dense":
+        raise RequestError("the target dense prunes nothing, so no method is better than another.")
+    if not results.is_dir():
+        raise RequestError(f"there is no folder {results}, so there are no records to ask.")
+    store = open_store(results)
+    question = Question(
+        model=model,
+        target=wanted,
+        weights=_weights_of(model),
+        limits=Limits(max_seconds, None if max_memory is None else max_memory * (1 << 30), no_training),
+        machine=machine,
+    )
+    found = advised(question, store.latest(), load_registry().revisions(), store.items)
+    methods, commands = _to_run(model, wanted)
+    missing = found.missing(methods)
+    if as_json:
+        typer.echo(json.dumps(to_json(found, missing), indent=1, allow_nan=False))
+    else:
+        print_advice(found, [commands[method] for method in missing if method in commands], terminal)
+
+
+def _weights_of(model: str) -> str | None:
+    """The hash of a model's weights where its folder is at hand."""
+    if not (Path(model) / "config.json").is_file():
+        return None
+    from prunebench.toolkit.loading import identify, resolve_model
+
+    return identify(resolve_model(model, [Path()])).weights
+
+
+def _to_run(model: str, target: str) -> tuple[list[str], dict[str, str]]:
+    """The methods that the standard suite measures, and for each what would show the cost of measuring it on this model; no
+    commands where the suite has no such target."""
+    from prunebench.bench.suite import load_suite
+    from prunebench.show_advice import command_for
+    from prunebench.targets import parse_target
+
+    suite = load_suite(STANDARD)
+    methods = [method for entry in suite.method if (method := " + ".join(entry.steps)) != "dense"]
+    if target not in {str(parse_target(text)) for text in suite.grid.targets}:
+        return methods, {}
+    return methods, {method: command_for(STANDARD, model, method) for method in methods}

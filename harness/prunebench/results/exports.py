@@ -52,6 +52,7 @@ class ExportedRow(_Frozen):
     right_to_wrong: float | None = Field(description="share of the questions that the dense model answers and this does not")
     wrong_to_right: float | None
     guesses: list[str] = Field(description="tasks whose accuracy cannot be told from guessing; the empty name is their mean")
+    below_chance: list[str] = Field(description="tasks in which it is significantly worse than guessing")
     parts: dict[str, float | None] = Field(description="further numbers, means over seeds")
     prune_seconds: float = Field(description="the whole pruning, without loading and evaluation; mean over seeds")
     peak_bytes: int | None = Field(description="highest memory while pruning, of the GPU where there is one")
@@ -208,6 +209,7 @@ def _row(section: Section, row: Row) -> ExportedRow:
         right_to_wrong=row.flipped and row.flipped[0],
         wrong_to_right=row.flipped and row.flipped[1],
         guesses=sorted(row.guesses),
+        below_chance=sorted(row.below_chance),
         parts={name: _finite(value) for name, value in row.parts.items()},
         prune_seconds=row.prune_seconds,
         peak_bytes=row.peak_bytes,

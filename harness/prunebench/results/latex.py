@@ -317,12 +317,11 @@ def _caption(section: Section, tables: Sequence[Table]) -> str:
 def _seeds(rows: Sequence[Row]) -> str:
     """Over how many seeds means are."""
     counts = sorted({len(row.seeds) for row in rows if row.seeds != (None,)})
-    if not counts:
-        return ""
+    if not counts or counts == [1]:
+        return "One seed." if counts else ""
     many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    spread = " with their standard deviation" if counts[-1] > 1 else ""
     once = "; deterministic methods ran once" if any(row.seeds == (None,) for row in rows) else ""
-    return f"Means over {many} seed{'s' if counts[-1] > 1 else ''}{spread}{once}."
+    return f"Means over {many} seeds with their standard deviation{once}."
 
 
 def _label(section: Section, tables: Sequence[Table]) -> str:

@@ -50,6 +50,8 @@ class Row:
     """Tasks in which its accuracy cannot be told from that of guessing; the empty name is their mean."""
     unpruned: bool = False
     """The dense model, or one that was trained and not pruned: it stands on top of every table of its training."""
+    below_chance: frozenset[str] = frozenset()
+    """Tasks in which it is significantly worse than guessing; the empty name is their mean."""
 
     @property
     def mean(self) -> float:
@@ -165,6 +167,7 @@ class RowBuilder:
             flipped=flipped,
             guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
             unpruned=unpruned,
+            below_chance=frozenset(name for name in answers.below_chance if name or whole) if answers else frozenset(),
         )
 
 

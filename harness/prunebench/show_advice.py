@@ -11,7 +11,7 @@ from rich.table import Table
 
 from prunebench.errors import did_you_mean
 from prunebench.plain import escape
-from prunebench.results.advice import Advice, Evidence, Tally, tally
+from prunebench.results.advice import Advice, Elsewhere, Evidence, Tally, tally
 from prunebench.results.dominance import Choice, Verdict
 from prunebench.results.leaderboard import describe, difference_text, reason, target_title, value_text
 from prunebench.results.records import fingerprint
@@ -19,11 +19,16 @@ from prunebench.results.records import fingerprint
 SAID: dict[Verdict, str] = {"open": "open: ", "beaten": "beaten by ", "ruled out": "ruled out: "}
 """What speaks against a row."""
 
+RULE = "Worth choosing: no other is at least as good and costs no more. * marks the costs of a machine that was shared."
+
 WIDTH = 32
 """Of a method."""
 
 MOST_TABLES = 8
 """That are printed whole, those that people look for first."""
+
+MOST_RUNS = 10
+"""Without a score, that are told."""
 
 MOST_REASONS = 3
 """Of one kind; the evidence and the JSON have all."""
@@ -40,13 +45,12 @@ def print_advice(advice: Advice, commands: Sequence[str], console: Console) -> N
     question = advice.question
     asked = f"{escape(question.model)} at {escape(target_title(question.target))}"
     if advice.evidence:
-        machines = sorted({one.section.machine for one in advice.evidence})
+        machines = escape(", ".join(sorted({one.section.machine for one in advice.evidence})))
         count = len(advice.evidence)
         console.print(
-            f"[bold]{asked}[/]: {count} {'table' if count == 1 else 'tables'} of evidence, measured on "
-            f"{escape(', '.join(machines))}, where its costs are from.",
-            highlight=False,
+            f"[bold]{asked}[/]: {count} {'table' if count == 1 else 'tables'} of evidence, with the costs of {machines}"
         )
+        console.print(RULE, style="dim")
         _print_answer(advice.evidence, console)
         for one in advice.evidence[:MOST_TABLES]:
             _print_evidence(one, console)
@@ -54,23 +58,35 @@ def print_advice(advice: Advice, commands: Sequence[str], console: Console) -> N
             console.print(f"\n… and {count - MOST_TABLES} more tables, which the answer counts; `--json` has all.", style="dim")
     else:
         where = f" on {escape(question.machine)}" if question.machine else ""
-        near = did_you_mean(question.model, advice.models).removeprefix(";").strip() if not question.weights else ""
-        hint = f" {escape(near[:1].upper() + near[1:])}" if near.startswith("did") else ""
-        console.print(f"[bold]{asked}{where}: no evidence.[/]{hint}", highlight=False)
-    for record in advice.without:
-        console.print(f"no score: {escape(describe(record))}: {escape(reason(record))}", highlight=False)
+        console.print(f"[bold]{asked}{where}: no evidence[/]")
+        if question.weights is None and question.model not in advice.models:
+            near = did_you_mean(question.model, advice.models)
+            console.print(f"  no record is of a model of that name{escape(near)}")
+    for record in advice.without[:MOST_RUNS]:
+        console.print(f"no score: {escape(describe(record))}: {escape(reason(record))}")
+    if len(advice.without) > MOST_RUNS:
+        console.print(f"no score: {len(advice.without) - MOST_RUNS} more runs; `--json` has all.")
     if advice.outdated:
         console.print(f"{advice.outdated} runs are of another revision of the method or an evaluation, so they do not count.")
     for other in advice.elsewhere:
-        console.print(
-            f"\n[bold]Extrapolated, from {other.kind}: {escape(other.what)}[/]. Nothing shows that it carries over.",
-            highlight=False,
-        )
-        _print_answer(other.evidence, console)
+        _print_elsewhere(other, console)
     if commands:
-        console.print("\nNo evidence yet, and what would make it (how long it takes is shown, and nothing run):")
+        console.print("\nWhat is not known, and what shows how long it would take to know it:")
         for command in commands:
-            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+            console.print(f"  {escape(command)}", soft_wrap=True)
+    elif not advice.evidence:
+        target = escape(question.target)
+        console.print(f'\nTo know it, write a suite with `targets = ["{target}"]`, and look with `prunebench run … --dry-run`.')
+
+
+def _print_elsewhere(other: Elsewhere, console: Console) -> None:
+    """What somebody who extrapolates would go by."""
+    console.print(f"\n[bold]Extrapolated, from {other.kind}: {escape(other.what)}[/]. Nothing shows that it carries over.")
+    found = [one for one in tally(other.evidence) if one.counts["choose"]]
+    for trained, title in ((False, "without retraining"), (True, "retrained on text")):
+        names = [f"{one.method} ({one.counts['choose']} of {one.measured} tables)" for one in found if one.trained == trained]
+        if names:
+            console.print(f"  worth choosing there, {title}: {escape('; '.join(names))}")
 
 
 def command_for(suite: str, model: str, method: str) -> str:
@@ -136,7 +152,7 @@ def _print_evidence(evidence: Evidence, console: Console) -> None:
     notes.append(section.machine)
     if section.baseline is not None:
         notes.append(f"dense {value_text(section.baseline, section.is_share)}")
-    console.print(f"\n[bold]{escape(section.title)}[/]\n  {escape('; '.join(notes))}", highlight=False)
+    console.print(f"\n[bold]{escape(section.title)}[/]\n  {escape('; '.join(notes))}")
     chosen = [choice for choice in evidence.choices if choice.verdict == "choose"]
     if chosen:
         grid = Table(box=SIMPLE, show_edge=False)
@@ -150,7 +166,7 @@ def _print_evidence(evidence: Evidence, console: Console) -> None:
         if choice.verdict in SAID:
             rank = "" if choice.row.rank is None else f", rank {choice.row.rank}"
             value = f"{choice.row.method}: {value_text(choice.row.mean, section.is_share)}{rank}; {SAID[choice.verdict]}"
-            console.print(f"  {escape(value + ', '.join(choice.reasons))}", style="dim", highlight=False)
+            console.print(f"  {escape(value + ', '.join(choice.reasons))}", style="dim")
 
 
 def _cells(evidence: Evidence, choice: Choice) -> list[str]:

@@ -138,7 +138,7 @@ def build_board(
         load: gives raw answers, `ResultStore.items`; without it those that are in the records.
     """
     records = [item.record for item in sorted(stored, key=lambda item: item.path)]
-    outdated = [r for r in records if _is_outdated(r, revisions or {})]
+    outdated = [r for r in records if is_outdated(r, revisions or {})]
     present = [r for r in records if r not in outdated]
     buckets: dict[tuple[str, str, str], list[Measured]] = {}
     for record in present:
@@ -269,7 +269,8 @@ def _training(entry: Measured) -> str:
     return fingerprint(Recipe(training=recipe.training, training_tokens=recipe.training_tokens))
 
 
-def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
+def is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
+    """Whether a record is of another revision of its method or of an evaluation than the present; see `build_board`."""
     names = [(step.text.partition("[")[0], step.revision) for step in record.spec.steps]
     names += [(f"eval {spec.conditions.get('eval')}", spec.revision) for spec in record.spec.evals]
     return any(revisions.get(name, revision) != revision for name, revision in names)

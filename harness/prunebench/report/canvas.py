@@ -48,6 +48,9 @@ STYLE: Mapping[str, Any] = {
 WIDTH = 7.2
 """Inches: both columns of a paper."""
 
+LINE = 0.13
+"""Inches that a further line of text takes."""
+
 TEXT, SOFT = "#1f2328", "#6b7280"
 PALE = 0.35
 """Opacity of what was measured on a shared machine."""
@@ -141,9 +144,10 @@ def common_handles(dense: float | None, published: Sequence[Hollow]) -> list[Lin
 
 def finish(figure: Figure, title: str, notes: Sequence[str], handles: Sequence[Artist]) -> Figure:
     """Title above, notes at the foot, legend beside the axes, where no data are; all places settled."""
-    figure.suptitle(wrapped(title, 96, MOST_OF_TITLE), x=0.01, ha="left", color=TEXT, weight="bold")
-    told = "\n".join(wrapped(note, 125, MOST_OF_TITLE) for note in notes if note)
-    figure.supxlabel(told, x=0.01, ha="left", fontsize=6.5, color=SOFT)
+    head, foot = wrapped(title, 96, MOST_OF_TITLE), "\n".join(wrapped(note, 125, MOST_OF_TITLE) for note in notes if note)
+    figure.set_figheight(figure.get_figheight() + LINE * (head.count("\n") + foot.count("\n")))
+    figure.suptitle(head, x=0.01, ha="left", color=TEXT, weight="bold")
+    figure.supxlabel(foot, x=0.01, ha="left", fontsize=6.5, color=SOFT)
     if handles:
         place: Mapping[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.02), "borderaxespad": 0.4}
         figure.axes[-1].legend(handles=handles, labelspacing=0.55, handlelength=1.6, **place)

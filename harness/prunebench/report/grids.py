@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 
 from prunebench.report.axes import value_axis
-from prunebench.report.canvas import TEXT, WIDTH, bare, finish, tick_text
+from prunebench.report.canvas import LINE, TEXT, WIDTH, bare, finish, tick_text
 from prunebench.report.figures import PhaseBars
 from prunebench.report.labels import shown, wrapped
 from prunebench.report.matrices import Heat, OverlapSquare
@@ -68,12 +68,14 @@ def draw_heats(heats: Sequence[Heat]) -> Figure:
     about, across = heats[0], min(3, len(heats))
     down = -(-len(heats) // across)
     figure = Figure(layout="constrained")
-    figure.set_size_inches(WIDTH, min(0.9 + down * (0.5 + 0.14 * max(len(heat.roles) for heat in heats)), 10.0))
+    names = [wrapped(heat.method, 36) for heat in heats]
+    each = 0.37 + LINE * (max(len(heat.roles) for heat in heats) + max(name.count("\n") + 1 for name in names))
+    figure.set_size_inches(WIDTH, min(0.9 + down * each, 10.0))
     scale = _scale(heats)
     places = figure.subplots(down, across, squeeze=False).ravel()
-    for axes, heat in zip(places, heats, strict=False):
+    for axes, heat, name in zip(places, heats, names, strict=False):
         image = axes.imshow(np.ma.masked_invalid(heat.values), norm=scale, aspect="auto", **_MAP)
-        axes.set_title(wrapped(heat.method, 36), loc="left", fontsize=7)
+        axes.set_title(name, loc="left", fontsize=7)
         axes.set_yticks(range(len(heat.roles)), [shown(role)[-24:] for role in heat.roles])
         step = -(-len(heat.blocks) // 12)
         axes.set_xticks(range(0, len(heat.blocks), step), [str(block) for block in heat.blocks[::step]])
@@ -124,7 +126,7 @@ def _colour_bar(figure: Figure, image: AxesImage, places: Sequence[Axes], label:
     ticks = [tick for tick in axis.ticks if low <= tick <= high]
     bar.set_ticks(ticks, labels=[tick_text(tick) for tick in ticks])
     bar.minorticks_off()
-    bar.set_label(shown(label))
+    bar.set_label(shown(label, 48))
     bar.outline.set_visible(False)
 
 

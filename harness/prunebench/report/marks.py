@@ -106,7 +106,7 @@ def band_of(row: Row, is_ratio: bool) -> tuple[float, float]:
         return row.mean, row.mean
     ends = (row.versus.low, row.versus.high)
     if is_ratio:
-        low, high = (row.dense * math.exp(min(end, MOST_EXPONENT)) for end in ends)
+        low, high = (row.dense * math.exp(end) if end < MOST_EXPONENT else math.inf for end in ends)
     else:
         low, high = (row.dense + end for end in ends)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (row.mean, row.mean)

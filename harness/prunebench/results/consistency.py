@@ -116,7 +116,7 @@ def counts(entry: Entry) -> Iterator[Finding]:
         if kind in ("perplexity", "divergence"):
             yield from _windows(entry, name, said, there)
         elif kind == "generation" and there != said.get("questions"):
-            yield entry.finding("counts", where, f"are {there}, and the conditions say {said.get('questions')} questions")
+            yield entry.finding("conditions", where, f"are {there}, and the conditions say {said.get('questions')} questions")
         elif kind == "zero_shot" and isinstance(said.get("tasks"), dict):
             yield from _questions(entry, name, said, columns)
 
@@ -124,23 +124,23 @@ def counts(entry: Entry) -> Iterator[Finding]:
 def _windows(entry: Entry, name: str, said: Mapping[str, Any], there: int) -> Iterator[Finding]:
     window, windows, tokens = said.get("window"), said.get("windows"), said.get("tokens")
     if not all(isinstance(value, int) and value > 0 for value in (window, windows, tokens)):
-        yield entry.finding("counts", f"scores.{name}.conditions.window", f"is {window!r}, of {windows!r} windows")
+        yield entry.finding("conditions", f"scores.{name}.conditions.window", f"is {window!r}, of {windows!r} windows")
         return
     assert isinstance(window, int)
     assert isinstance(windows, int)
     assert isinstance(tokens, int)
     if there != windows:
         said_so = f"is {windows}, and there are raw answers of {there}"
-        yield entry.finding("counts", f"scores.{name}.conditions.windows", said_so)
+        yield entry.finding("conditions", f"scores.{name}.conditions.windows", said_so)
     if windows * window > tokens:
         said_so = f"is {window}, and {windows} such windows are more than the text's {tokens} tokens"
-        yield entry.finding("counts", f"scores.{name}.conditions.window", said_so)
+        yield entry.finding("conditions", f"scores.{name}.conditions.window", said_so)
     asked = next((e for e in entry.record.spec.evals if e.conditions == said), None)
     for option in ("window", "windows"):
         given = _option(asked.text if asked else "", option)
         if given and (given < int(said[option]) or (option == "window" and given != window)):
             said_so = f"is {said[option]}, and the evaluation was asked for {given}"
-            yield entry.finding("counts", f"scores.{name}.conditions.{option}", said_so)
+            yield entry.finding("conditions", f"scores.{name}.conditions.{option}", said_so)
 
 
 def _option(text: str, name: str) -> int | None:
@@ -159,9 +159,9 @@ def _questions(entry: Entry, name: str, said: Mapping[str, Any], columns: Column
         exact = not limit or parts == 1
         if (found[task] != most) if exact else not 0 < found[task] <= most:
             said_so = f"is {items} (limit {limit}), and there are {found[task]} raw answers"
-            yield entry.finding("counts", f"scores.{name}.conditions.tasks.{task}.items", said_so)
+            yield entry.finding("conditions", f"scores.{name}.conditions.tasks.{task}.items", said_so)
     for task in sorted(found.keys() - said["tasks"].keys()):
-        yield entry.finding("counts", f"scores.{name}.items.task", f"has {task!r}, which the conditions lack")
+        yield entry.finding("conditions", f"scores.{name}.items.task", f"has {task!r}, which the conditions lack")
 
 
 def recipe(entry: Entry) -> Iterator[Finding]:

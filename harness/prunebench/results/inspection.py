@@ -10,18 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from prunebench.errors import PrunebenchError
+from prunebench.errors import PrunebenchError, described
 from prunebench.plain import plain
 from prunebench.results import consistency, plausible, recomputed, recounted
-from prunebench.results.bundle import names_beside
+from prunebench.results.bundle import MANIFEST, names_beside
 from prunebench.results.files import read_file
 from prunebench.results.findings import Check, Entry, Finding
 from prunebench.results.plausible import Neighbours
 from prunebench.results.store import MAX_RECORD_BYTES, NO_MACHINES, ResultStore, Stored, parse_record
 from prunebench.results.verdicts import Grade, content_checksum
+
+_T = TypeVar("_T")
 
 ALONE: dict[str, tuple[Check, ...]] = {
     "place": (consistency.place,),
@@ -118,16 +121,26 @@ def examine(
             if name == "masks" and entry.record.masks is None:
                 continue
             found.looked[name] += 1
-            found.findings += [finding for check in checks for finding in check(entry)]
-        found.unseen[entry.path] = list(_unseen(entry))
+            found.findings += [finding for check in checks for finding in _guarded(name, entry.path, check, entry)]
+        found.unseen[entry.path] = [] if any(f.where == entry.path for f in found.findings) else list(_unseen(entry))
         for name in entry.record.scores:
             near.digests(entry, name)
         entry.forget()
     for name, together in TOGETHER.items():
         progress(name, 0, 1)
         found.looked[name] = len(entries)
-        found.findings += [finding for each in together for finding in each(near)]
+        found.findings += [finding for check in together for finding in _guarded(name, "records", check, near)]
     found.findings += _twice(entries)
+    return found
+
+
+def _guarded(name: str, where: str, check: Callable[[_T], Iterator[Finding]], looked_at: _T) -> list[Finding]:
+    """What a check finds; what it stumbles over is wrong too: no answer that was measured is no number."""
+    found = []
+    try:
+        found += list(check(looked_at))
+    except Exception as error:  # noqa: BLE001 - a stranger wrote what is looked at
+        found.append(Finding(name, where, "content", f"cannot be looked at: {plain(described(error))}"))
     return found
 
 
@@ -144,13 +157,11 @@ def read_entries(folder: Path, store: ResultStore) -> tuple[list[Entry], list[Fi
             findings.append(_schema_finding(name, error))
         else:
             entries.append(Entry(Stored(name, record), store))
-    named = {name for entry in entries for name in (entry.path, *names_beside(entry.path, entry.record))}
-    bad = {finding.where for finding in findings}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name not in named and name not in bad and name != "manifest.json":
-            findings.append(Finding("schema", name, "file", "belongs to no record"))
-    return entries, findings
+    if findings:
+        return entries, findings  # other files may belong to those
+    named = {MANIFEST, *(name for entry in entries for name in (entry.path, *names_beside(entry.path, entry.record)))}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return entries, [Finding("schema", name, "file", "belongs to no record") for name in sorted(there - named)]
 
 
 def _schema_finding(name: str, error: Exception) -> Finding:

@@ -11,10 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from prunebench.errors import StoreError
-from prunebench.results.comparison import Answers, Measured, compare
+import numpy as np
+from scipy.stats import binomtest
+
+from prunebench.results.comparison import Measured
 from prunebench.results.findings import Entry, Finding, is_pruned, is_trained
 from prunebench.results.records import RunRecord, ScoreRecord, canonical_json, fingerprint
+from prunebench.results.verdicts import content_checksum
 
 DENSE_AGREES = 0.005
 """Relative: the same model on the same text differs by rounding, far less than this, and by a few questions near a tie."""
@@ -43,9 +46,9 @@ class Neighbours:
 
     def __init__(self, entries: Sequence[Entry], known: Sequence[Entry] = ()) -> None:
         """A known record that is examined too counts once, as examined."""
-        mine = {(entry.label, entry.record.provenance.started) for entry in entries}
+        mine = {content_checksum(entry.record) for entry in entries}
         self.entries = list(entries)
-        self.known = [e for e in known if (e.label, e.record.provenance.started) not in mine]
+        self.known = [entry for entry in known if content_checksum(entry.record) not in mine]
         self._by_measurement: dict[tuple[str, str], list[tuple[Entry, str]]] = defaultdict(list)
         for entry in (*self.known, *self.entries):
             for name, score in entry.record.scores.items():
@@ -218,15 +221,16 @@ def better_than_dense(near: Neighbours) -> Iterator[Finding]:
 
 
 def _p_value(entry: Entry, name: str, other: Entry, theirs: str) -> float | None:
-    found = []
-    for one, score in ((entry, name), (other, theirs)):
-        measured = Measured(one.record, score, one.record.scores[score])
-        try:
-            found.append(Answers.of([measured], lambda _, score, one=one: one.store.items(one.record, score)))  # type: ignore[misc]
-        except StoreError:
-            return None
-    compared = compare(*found) if found[0] and found[1] else None
-    return compared.new_items.p_value if compared and compared.new_items.is_known else None
+    """Of a sign test over the items of which one model is better, as if each were drawn by itself: enough for a question."""
+    sample = entry.record.scores[name].sample
+    columns = [one.answers.get(score, {}) for one, score in ((entry, name), (other, theirs))]
+    if sample is None or any(sample.column not in found for found in columns):
+        return None
+    mine, dense = (np.asarray(found[sample.column], np.float64) for found in columns)
+    if mine.shape != dense.shape or not (mine != dense).any():
+        return None
+    won = (mine > dense) if entry.record.scores[name].higher_is_better else (mine < dense)
+    return float(binomtest(int(won.sum()), int((mine != dense).sum()), alternative="greater").pvalue)
 
 
 def costs(near: Neighbours) -> Iterator[Finding]:

@@ -60,6 +60,7 @@ def report(
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as CSV, a line each.")] = None,
     latex: Annotated[Path | None, typer.Option("--latex", help="Write LaTeX tables (booktabs), ready for a paper.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the board as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file that opens offline.")] = None,
     plots: Annotated[Path | None, typer.Option("--plots", help="Draw all figures into this folder, as SVG and PNG.")] = None,
     covers: Annotated[Path | None, typer.Option("--covers", help="Draw the README's two into this folder.")] = None,
     only: Annotated[str | None, typer.Option("--only", help="Only sections whose title contains this.")] = None,
@@ -105,14 +106,25 @@ def report(
         if path is not None:
             write_text(path, text())
             terminal.print(f"\nWritten to {escape(str(path))}.")
-    if plots is not None or covers is not None:
+    if html is not None or plots is not None or covers is not None:
         from prunebench.report.figures import figures_of
+        from prunebench.report.page import to_html
         from prunebench.report.plots import write_covers, write_plots
+        from prunebench.results.verdicts import Verdicts
 
         figures = figures_of(board, present, placed, store.masks, store.items)
-        for folder, write in ((plots, write_plots), (covers, write_covers)):
-            if folder is not None:
-                written = write(figures, folder)
-                terminal.print(f"\nDrawn into {escape(str(folder))}: {len(written)} files.")
-                for path in written:
-                    terminal.print(f"  {escape(path.name)}", soft_wrap=True)
+        if html is not None:
+            records = [stored.record for stored in latest]
+            write_text(html, to_html(board, records, figures, placed, Verdicts.of(results).grade))
+            terminal.print(f"\nWritten to {escape(str(html))}.")
+        if plots is not None:
+            _list(plots, write_plots(figures, plots))
+        if covers is not None:
+            _list(covers, write_covers(figures, covers))
+
+
+def _list(folder: Path, written: list[Path]) -> None:
+    """Say what was drawn."""
+    terminal.print(f"\nDrawn into {escape(str(folder))}: {len(written)} files.")
+    for path in written:
+        terminal.print(f"  {escape(path.name)}", soft_wrap=True)

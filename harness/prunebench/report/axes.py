@@ -11,6 +11,8 @@ SPANS = 6.0
 
 _FEWEST = 3
 _MOST = 8
+_WITHIN = 5.0
+"""Of two ends of a logarithmic axis, the larger over the smaller up to which linear steps are spaced well enough."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class Axis:
     low: float
     high: float
     ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """Where a value stands: 0 at the beginning, 1 at the end."""
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
 
 def value_axis(values: Iterable[float], *, always: bool = False, linear: bool = False) -> Axis:
@@ -51,9 +59,11 @@ def _round(low: float, high: float) -> tuple[float, ...]:
 
 
 def _logarithmic(low: float, high: float) -> tuple[float, ...]:
-    """1, 2 and 5 of each power of ten, only the powers over many, and as on a linear axis where there are none of these."""
+    """1, 2 and 5 of each power of ten, or only the powers; within one, as on a linear axis."""
+    if high / low < _WITHIN:
+        return _round(low, high)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for parts in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+    for parts in ((1, 2, 3, 5), (1, 2, 5), (1,)):
         ticks = tuple(float(f"{part * 10.0**power:.12g}") for power in powers for part in parts)
         ticks = tuple(tick for tick in ticks if low <= tick <= high)
         if _FEWEST <= len(ticks) <= _MOST:

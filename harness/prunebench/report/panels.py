@@ -70,7 +70,7 @@ class Panels:
         spec = record.spec
         groups = [("Result", _result(record, grade)), *_steps(record), ("Zeros found", _audit(record)), *_scores(record)]
         groups += [("Specification", _specification(record)), ("Provenance", _provenance(record))]
-        groups.append(("Packages", [(name, version) for name, version in record.provenance.packages.items()]))
+        groups.append(("Packages", [(name, _text(version)) for name, version in record.provenance.packages.items()]))
         places = [self._place(title, facts) for title, facts in groups if facts]
         seed = "" if spec.seed is None else f", seed {spec.seed}"
         return {

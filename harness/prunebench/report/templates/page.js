@@ -2,7 +2,7 @@
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const one = (id) => document.getElementById(id);
-  const { charts, groups, records } = JSON.parse(one("data").textContent);
+  const { charts, defaults, groups, points: told, records } = JSON.parse(one("data").textContent);
 
   /** An element; what is not a property of elements is set as an attribute, text is only ever text. */
   function make(tag, facts = {}, ...children) {
@@ -108,6 +108,14 @@
     return found ? tone(found[1], found[2]) : part;
   }
 
+  /** The first with what the second says otherwise. */
+  function merged(first, second) {
+    const plain = (part) => part && typeof part === "object" && !Array.isArray(part);
+    if (!plain(first) || !plain(second)) return second;
+    const own = Object.entries(second).map(([key, value]) => [key, merged(first[key], value)]);
+    return { ...first, ...Object.fromEntries(own) };
+  }
+
   function tone(name, opacity) {
     const value = style.getPropertyValue(`--${name}`).trim();
     if (opacity === undefined) return value;
@@ -116,14 +124,22 @@
   }
 
   function fits(method) {
+    if (method === null) return true;
     const words = filters.elements.method.value.toLowerCase().split(/\s+/).filter(Boolean);
     const name = method.toLowerCase();
     return words.every((word) => name.includes(word));
   }
 
+  /** Whose a trace is; the lines that are nobody's fit every filter, and so do bars, which are many methods'. */
+  function methodOf(trace) {
+    if (trace.meta) return trace.meta.method;
+    return trace.type === "scatter" && trace.customdata ? told[trace.customdata[0][0]].method : null;
+  }
+
   /** What is left of a figure under the filter of methods, in the theme's colours. */
   function drawn(spec, width) {
-    const { data, layout } = coloured({ data: spec.data, layout: spec.layout });
+    const full = spec.data.map((trace) => merged(defaults[trace.type], trace));
+    const { data, layout } = coloured({ data: full, layout: merged(defaults.layout, spec.layout) });
     layout.font.family = style.getPropertyValue("--text");
     layout.dragmode = false;
     if (layout.dense !== undefined) {
@@ -145,8 +161,15 @@
       layout.yaxis.range = [kept.length - 0.5, -0.75];
       layout.height = 70 + (layout.height - 70) * (kept.length / spec.methods.length);
     }
-    if (spec.grid && width < 560) layout.yaxis.tickfont.size = 9;
-    return { data: data.filter((trace) => !trace.meta || fits(trace.meta.method)), layout };
+    if (spec.grid && width < 560) shorten(layout.yaxis, data[0]);
+    return { data: data.filter((trace) => fits(methodOf(trace))), layout };
+  }
+
+  /** A heat map where there is little room. */
+  function shorten(axis, trace) {
+    axis.tickfont = { ...axis.tickfont, size: 9 };
+    axis.ticktext = axis.ticktext.map((name) => (name.length > 16 ? `…${name.slice(-15)}` : name));
+    trace.textfont = { size: 8 };
   }
 
   async function draw(chart) {
@@ -176,22 +199,25 @@
   function legend(chart, spec) {
     chart.querySelector(".key")?.remove();
     if (!spec.legend) return;
-    const items = spec.legend.filter((item) => item.shape === "bar" || fits(item.method)).map((item) => {
+    const items = spec.legend.filter((item) => !item.methods || item.methods.some(fits)).map((item) => {
       const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
       svg.setAttribute("class", `mark ${item.colour.slice(1)}`);
       svg.setAttribute("viewBox", "0 0 12 12");
       svg.setAttribute("aria-hidden", "true");
       svg.append(document.createElementNS("http://www.w3.org/2000/svg", "use"));
       svg.firstChild.setAttribute("href", `#shape-${item.shape}`);
-      return make("li", {}, svg, item.method + (item.trained ? " (retrained, dotted)" : ""));
+      return make("li", {}, svg, item.name);
     });
     chart.append(make("ul", { class: "key" }, ...items));
   }
 
   /** What a point says and opens; of heat maps it is made here. */
-  function told(chart, point) {
+  function about(chart, point) {
     const grid = charts[chart.drawnAs].grid;
-    if (!grid) return point.customdata;
+    if (!grid) {
+      const [place, ...line] = point.customdata;
+      return { runs: told[place].runs, tip: [...told[place].tip, ...line] };
+    }
     const { down, across, what, runs, square } = grid;
     const value = point.z === null || point.z === undefined ? "not measured" : `${what} ${Number(point.z.toPrecision(4))}`;
     const place = square ? [down[point.y], `and ${across[point.x]}`] : [`${down[point.y]}, block ${across[point.x]}`];
@@ -201,7 +227,7 @@
   function listen(chart) {
     const { picture } = chart;
     picture.on("plotly_hover", ({ points, event }) => {
-      const { tip: lines, runs } = told(chart, points[0]);
+      const { tip: lines, runs } = about(chart, points[0]);
       chart.classList.toggle("opens", runs.length > 0);
       if (event?.clientX !== undefined) showTip(lines, event.clientX, event.clientY);
     });
@@ -209,7 +235,7 @@
       chart.classList.remove("opens");
       hideTip();
     });
-    picture.on("plotly_click", ({ points }) => openPanel(told(chart, points[0]).runs));
+    picture.on("plotly_click", ({ points }) => openPanel(about(chart, points[0]).runs));
     chart.addEventListener("keydown", (event) => walk(chart, event));
     chart.addEventListener("blur", () => (chart.ring.hidden = true));
   }
@@ -238,10 +264,10 @@
     const points = pointsOf(chart), last = points.length - 1;
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!points.length) return;
-    if (event.key === "Enter" && chart.at !== undefined) openPanel(told(chart, points[Math.min(chart.at, last)]).runs);
+    if (event.key === "Enter" && chart.at !== undefined) openPanel(about(chart, points[Math.min(chart.at, last)]).runs);
     else if (step || event.key === "Home" || event.key === "End") {
       chart.at = { Home: 0, End: last }[event.key] ?? (chart.at === undefined ? 0 : Math.max(0, Math.min(last, chart.at + step)));
-      const point = points[chart.at], { tip: lines } = told(chart, point);
+      const point = points[chart.at], { tip: lines } = about(chart, point);
       const box = chart.picture.getBoundingClientRect();
       Object.assign(chart.ring.style, { left: `${point.left}px`, top: `${point.top}px` });
       chart.ring.hidden = false;
@@ -333,14 +359,14 @@
     hideTip();
     const record = records[chosen];
     one("panel-title").textContent = record ? record.title : "No such record";
-    one("panel-body").replaceChildren(...(record ? about(record, keys, chosen) : [make("p", {}, `This page has no record ${chosen}.`)]));
+    one("panel-body").replaceChildren(...(record ? pageOf(record, keys, chosen) : [make("p", {}, `This page has no record ${chosen}.`)]));
     if (record) history.replaceState(null, "", `#record=${chosen}`);
     if (!panel.open) panel.showModal();
     one("panel-title").focus();
     panel.scrollTop = 0;
   }
 
-  function about(record, keys, chosen) {
+  function pageOf(record, keys, chosen) {
     const parts = [make("p", { class: "where" }, record.where)];
     if (keys.length > 1) {
       const alike = new Set(keys.map((key) => records[key].title)).size === 1;

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from prunebench.report.marks import COSTS, SPEED_UP, Hollow, Mark, band_of, front_of, hollows_of
 from prunebench.report.matrices import Heat, OverlapSquare, heats_of, overlaps_of
+from prunebench.report.palette import PHASES
 from prunebench.results.beside import Beside, matched
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.comparison import LoadItems
@@ -22,9 +23,6 @@ from prunebench.results.leaderboard import table_title
 from prunebench.results.mask_files import MaskFile
 from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
-
-PHASES = ("calibration", "statistics", "scoring", "update", "propagation", "training", "other")
-"""In the order of the work; a phase that is none of these stands before the last."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class PhaseBars:
     subtitle: str
     methods: tuple[str, ...]
     phases: Mapping[str, tuple[float, ...]]
-    """Seconds, one a method, mean over its seeds; in the order of the work."""
+    """Seconds, one a method, mean over its seeds; in the order of the work, a stranger's phase before the last."""
     marked: tuple[bool, ...]
     """Which were measured on a shared machine."""
     ids: tuple[tuple[str, ...], ...]
@@ -266,8 +264,9 @@ class _Drawer:
         rows = [(row, self._of(row)) for row in table.rows if row.method != DENSE]
         rows = [(row, records) for row, records in rows if any(record.steps for record in records)]
         spent = [_phases(records) for _, records in rows]
+        *known, last = PHASES
         own = sorted({name for seconds in spent for name in seconds} - {*PHASES})
-        names = [name for name in (*PHASES[:-1], *own, PHASES[-1]) if any(seconds.get(name) for seconds in spent)]
+        names = [name for name in (*known, *own, last) if any(seconds.get(name) for seconds in spent)]
         return PhaseBars(
             title=f"{self._section.title}, {table_title(table)}",
             subtitle=self._subtitle,

@@ -76,9 +76,8 @@ def write_covers(figures: Figures, folder: Path) -> list[Path]:
 
 
 def palette_of(figures: Figures) -> Palette:
-    """The looks of all methods that are in any figure."""
-    marks = (mark.method for one in figures.sections for figure in one.tradeoffs for mark in figure.marks)
-    return Palette([*marks, *(method for one in figures.sections for bars in one.phases for method in bars.methods)])
+    """The looks of all methods that stand in any table, as in the page of the same board."""
+    return Palette(row.method for one in figures.sections for table in one.section.tables for row in table.rows)
 
 
 def _drawn(figures: Figures, palette: Palette) -> Iterator[tuple[str, Figure]]:

@@ -48,7 +48,8 @@ class Estimator:
     @classmethod
     def of(cls, planner: Planner, store: ResultStore) -> Estimator:
         """With the records of a store that are of the planner's machine."""
-        own = [stored.record for stored in store.latest() if stored.record.machine == planner.machine]
+        records = [stored.record for stored in store.latest() if stored.record.machine == planner.machine]
+        own = [record for record in records if record.rescored_from is None]  # whose costs of pruning are another record's
         threads = planner.suite.limits.threads or torch.get_num_threads()
         return cls(planner.machine, planner.device, threads, planner.registry, own)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import torch
 
 import prunebench
 from prunebench.bench.machine import portable
-from prunebench.bench.plan import Keeping
+from prunebench.bench.plan import RunRequest
 from prunebench.errors import WriteError
 from prunebench.results.mask_files import mask_metadata, mask_tensors
-from prunebench.results.records import MASKS, KeptMasks, RunSpec, canonical_json
+from prunebench.results.records import MASKS, KeptMasks, RunRecord, RunSpec, canonical_json, slug
 from prunebench.results.tensor_files import Tensor, write_tensors
 from prunebench.spec import Changes
 from prunebench.toolkit.anatomy import ModelAnatomy
@@ -33,10 +34,13 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", tor
 class Bank:
     """What one run keeps; made when the model was loaded and nothing was changed."""
 
-    def __init__(self, keeping: Keeping, spec: RunSpec, anatomy: ModelAnatomy) -> None:
-        self._keeping, self._spec, self._anatomy = keeping, spec, anatomy
+    def __init__(self, request: RunRequest, anatomy: ModelAnatomy) -> None:
+        assert request.keep is not None
+        self._keeping, self._spec, self._anatomy = request.keep, request.spec, anatomy
+        self._prefix = _prefix(request)
+        remove_half_written(request)
         self._own_adapters = len(anatomy.adapters)
-        self._prints = fingerprints(anatomy) if keeping.weights else {}
+        self._prints = fingerprints(anatomy) if request.keep.weights else {}
 
     def kept(self, changes: Changes, note: Callable[[str, str], None]) -> KeptMasks | None:
         """Write the masks, and what else is to be kept; None where no mask was laid.
@@ -51,7 +55,7 @@ class Bank:
             return None
         folder = Path(self._keeping.results) / MASKS
         try:
-            path, digest = write_tensors(folder, *masks_of(self._anatomy, self._spec))
+            path, digest = write_tensors(folder, *masks_of(self._anatomy, self._spec), self._prefix)
             kept = KeptMasks(file=f"{MASKS}/{path.name}", hash=digest, bytes=path.stat().st_size)
         except (WriteError, OSError) as error:
             note("masks not kept", portable(str(error)))
@@ -62,7 +66,7 @@ class Bank:
         try:
             if not self._keeping.weights:
                 raise WriteError("it was not asked for with --keep-weights")
-            path, digest = write_tensors(folder, *self._weights(changes))
+            path, digest = write_tensors(folder, *self._weights(changes), self._prefix)
             size = kept.bytes + path.stat().st_size
             return kept.model_copy(update={"weights_file": f"{MASKS}/{path.name}", "weights_hash": digest, "bytes": size})
         except (WriteError, OSError) as error:
@@ -92,6 +96,28 @@ _BESIDE = {
     Changes.HEAD: "the head",
     Changes.ADAPTER: "adapters",
 }
+
+
+def remove_half_written(request: RunRequest) -> None:
+    """Remove what this run had not written to the end when it was killed; nobody else may be at work on it."""
+    if request.keep is not None:
+        for path in (Path(request.keep.results) / MASKS).glob(f"{_prefix(request)}*.tmp"):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _prefix(request: RunRequest) -> str:
+    return f"{request.spec.id}-{slug(request.machine)}-"
+
+
+def only_what_is_here(record: RunRecord, results: Path) -> RunRecord:
+    """The record; where its run was on a node that writes to another disk, without the masks that are there."""
+    kept = record.masks
+    if kept is None or all((results / file).is_file() for file in (kept.file, kept.weights_file) if file is not None):
+        return record
+    steps = [step.model_copy(deep=True) for step in record.steps]
+    steps[-1].notes["masks not kept"] = "the node of the run does not write to the disk that the results folder is on"
+    return record.model_copy(update={"masks": None, "steps": steps})
 
 
 def masks_of(anatomy: ModelAnatomy, spec: RunSpec) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -128,7 +128,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
-    outcome.bank = Bank(request.keep, request.spec, anatomy) if request.keep else None
+    outcome.bank = Bank(request, anatomy) if request.keep else None
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
     outcome.checkpoints = checkpoints = Checkpoints(request, pruners)
     work = set_up(checkpoints.request, model, anatomy, target, pruners, free)

@@ -61,7 +61,9 @@ class Found:
     """Its bytes, as they are on the disk: nothing is read before it is looked at."""
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Path, str]:
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], prefix: str = "tmp"
+) -> tuple[Path, str]:
     """Write a file that is named by its content, `<SHA-256>.safetensors`; a second one of the same content is the same file.
 
     It is written aside, private until it is whole, made durable and moved into place.
@@ -70,6 +72,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         folder: where it is to be; made if it is not there.
         tensors: by name, in the order in which they are written.
         metadata: texts for the header.
+        prefix: how the passing name begins, by which is known whose it was when it is left behind by a kill.
 
     Returns:
         The file, and its hash.
@@ -79,7 +82,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     """
     digest = hashlib.sha256()
     try:
-        aside = write_aside(folder, _hashed(tensor_parts(tensors, metadata), digest.update))
+        aside = write_aside(folder, _hashed(tensor_parts(tensors, metadata), digest.update), prefix=prefix)
         try:
             path = folder / f"{digest.hexdigest()}.safetensors"
             aside.replace(path)

@@ -15,8 +15,9 @@ from support import C4_TEXT, CONDITIONS, Ran, make_record, make_spec
 
 from prunebench.errors import StoreError
 from prunebench.results.changes import OUTCOMES, Change, Changes
-from prunebench.results.folders import Folder, changes
+from prunebench.results.folders import changes
 from prunebench.results.items import Columns
+from prunebench.results.matching import Folder
 from prunebench.results.records import EvalSpec, Recipe, RunRecord, RunSpec, SampleRecord, ScoreRecord
 from prunebench.results.store import ResultStore
 
@@ -416,3 +417,23 @@ def test_long_lists_are_cut_and_counted(folders: Callable[..., tuple[Path, Path]
     assert ran.code == 0
     assert "30 appeared" in ran.out
     assert "and 5 more" in ran.out
+
+
+def test_a_score_that_one_side_lacks_is_never_passed_over() -> None:
+    """A run may be `ok` without a score that it was asked for, and seeds may have changed."""
+    whole, bare = measured(losses(0)), measured(losses(0)).model_copy(update={"scores": {}})
+    assert outcomes(became([whole], [bare])) == {"vanished": 1}
+    assert outcomes(became([bare], [whole])) == {"appeared": 1}
+    other = failed(measured(losses(0), seed=5))
+    change = only(became([whole], [other]))
+    assert (change.outcome, change.notes) == ("vanished", ("failed (error): it broke",))
+
+
+def test_rows_that_read_alike_are_told_apart() -> None:
+    recipe = Recipe(calibration=C4_TEXT, sampler="documents-v1", samples=64, length=512)
+    records = [measured(losses(0)), measured(losses(0), spec=make_spec(recipe=recipe)), measured(losses(0), "gblm")]
+    notes = {change.label.recipe: change.notes for change in became(records, records).rows if change.label.method == "wanda"}
+    assert notes == {key: (f"recipe {key}",) for key in notes}
+    assert len(notes) == 2
+    [gblm] = [change for change in became(records, records).rows if change.label.method == "gblm"]
+    assert gblm.notes == ()

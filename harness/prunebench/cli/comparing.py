@@ -43,7 +43,8 @@ def compare(
 
 
 def _compare_folders(before: Path, after: Path, costs: bool, as_json: bool) -> None:
-    from prunebench.results.folders import Folder, changes
+    from prunebench.results.folders import changes
+    from prunebench.results.matching import Folder
     from prunebench.show_changes import print_changes
 
     folders = []

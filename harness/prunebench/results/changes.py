@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from prunebench.results.statistics import Difference
@@ -31,6 +31,11 @@ class Label:
     dtype: str
     recipe: str
     """Fingerprint of all it was given besides the weights."""
+
+    @property
+    def short(self) -> tuple[str, str, str]:
+        """What is printed of it."""
+        return self.model, self.method, self.target
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,20 @@ class Changes:
                 for cost in self.costs
             ],
         }
+
+
+def told_apart(changes: Sequence[Change]) -> list[Change]:
+    """Rows that a person would read as one bear the remark in what they differ: weights, dtype or recipe."""
+    alike: dict[tuple[str, str, str], set[Label]] = {}
+    for change in changes:
+        alike.setdefault(change.label.short, set()).add(change.label)
+    found = []
+    for change in changes:
+        others = alike[change.label.short]
+        differing = [name for name in ("weights", "dtype", "recipe") if len({getattr(other, name) for other in others}) > 1]
+        remarks = tuple(f"{name} {getattr(change.label, name)}" for name in differing)
+        found.append(replace(change, notes=(*change.notes, *remarks)))
+    return found
 
 
 def _row(change: Change) -> dict[str, Any]:

@@ -13,64 +13,32 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from prunebench.errors import StoreError
-from prunebench.results.changes import COST_FACTOR, LEAST_SECONDS, OUTCOMES, Change, Changes, CostChange, Label, Outcome, Side
+from prunebench.results.changes import (
+    COST_FACTOR,
+    LEAST_SECONDS,
+    OUTCOMES,
+    Change,
+    Changes,
+    CostChange,
+    Outcome,
+    Side,
+    told_apart,
+)
 from prunebench.results.comparison import Answers, LoadItems, Measured, compare
+from prunebench.results.matching import NOTHING, Folder, RowRuns, Score, Seed, partners, rows_of
 from prunebench.results.ranks import holm
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.records import RunRecord
 from prunebench.results.rows import by_seed
 from prunebench.results.statistics import Difference
 
 ERROR = 0.05
 """The probability that anything at all is told to have changed where nothing did."""
-
-Key = tuple[str, ...]
-Seed = int | None
-
-
-@dataclass(frozen=True)
-class Folder:
-    """The runs of a folder, and where their raw answers are."""
-
-    records: Sequence[RunRecord]
-    """The latest of each machine and id, `ResultStore.latest`."""
-    load: LoadItems
-
-
-@dataclass
-class _Score:
-    """One measurement of a row: what each seed gave."""
-
-    name: str
-    measured: dict[Seed, Measured] = field(default_factory=dict)
-    without: dict[Seed, RunRecord] = field(default_factory=dict)
-    """Runs that failed or were refused."""
-    revision: int = 0
-    """Of the evaluation."""
-
-
-@dataclass
-class _Row:
-    """A method at a target on one machine, its seeds together."""
-
-    records: list[RunRecord]
-    """Of one revision, in the order in which they began."""
-    scores: dict[str, _Score] = field(default_factory=dict)
-    """By the fingerprint of their conditions."""
-
-    @property
-    def machine(self) -> str:
-        return self.records[0].machine
-
-    @property
-    def label(self) -> Label:
-        spec = self.records[-1].spec
-        return Label(spec.model.name, spec.method, spec.target, spec.model.weights, spec.model.dtype, fingerprint(spec.recipe))
 
 
 def changes(before: Folder, after: Folder) -> Changes:
@@ -78,64 +46,21 @@ def changes(before: Folder, after: Folder) -> Changes:
 
     Whoever has nothing in common has only rows that vanished and rows that appeared.
     """
-    mine, theirs = _rows(before.records), _rows(after.records)
+    mine, theirs = rows_of(before.records), rows_of(after.records)
     found: list[Change] = []
     costs: list[CostChange] = []
     for key in sorted({*mine, *theirs}):
-        for first, second in _partners(mine.get(key, {}), theirs.get(key, {})):
+        for first, second in partners(mine.get(key, {}), theirs.get(key, {})):
             if first is None or second is None:
                 found.append(_alone(first, second))
                 continue
             found += _compared(first, second, (before.load, after.load))
             costs += _costs(first, second)
-    return Changes((len(before.records), len(after.records)), tuple(sorted(_corrected(found), key=_order)), tuple(costs))
+    rows = sorted(told_apart(_corrected(found)), key=_order)
+    return Changes((len(before.records), len(after.records)), tuple(rows), tuple(costs))
 
 
-def _rows(records: Iterable[RunRecord]) -> dict[Key, dict[str, _Row]]:
-    """Rows by content, and by machine."""
-    groups: dict[tuple[Key, str], dict[tuple[int, ...], list[RunRecord]]] = {}
-    for record in sorted(records, key=lambda record: (record.provenance.started, record.id)):
-        spec = record.spec
-        key = (spec.model.weights, spec.model.tokenizer, spec.model.dtype, spec.method, spec.target, fingerprint(spec.recipe))
-        revisions = tuple(step.revision for step in spec.steps)
-        groups.setdefault((key, record.machine), {}).setdefault(revisions, []).append(record)
-    found: dict[Key, dict[str, _Row]] = {}
-    for (key, machine), by_revision in groups.items():
-        row = found.setdefault(key, {})[machine] = _Row(by_revision[max(by_revision)])
-        for record in row.records:
-            _add(row, record)
-    return found
-
-
-def _add(row: _Row, record: RunRecord) -> None:
-    """What a run was asked, with what it gave; of an evaluation the highest revision, of a seed the latest score."""
-    given = {fingerprint(dict(score.conditions)): (name, score) for name, score in record.scores.items()}
-    for asked in record.spec.evals:
-        key = fingerprint(dict(asked.conditions))
-        score = row.scores.setdefault(key, _Score(asked.text))
-        if asked.revision < score.revision:
-            continue
-        if asked.revision > score.revision:
-            score.measured, score.without, score.revision = {}, {}, asked.revision
-        if record.status != "ok":
-            score.without[record.spec.seed] = record
-        elif key in given:
-            score.name = given[key][0]
-            score.measured[record.spec.seed] = Measured(record, *given[key])
-
-
-def _partners(mine: Mapping[str, _Row], theirs: Mapping[str, _Row]) -> Iterator[tuple[_Row | None, _Row | None]]:
-    """Rows of one content: those of one machine, then the others in the order of their machines' names."""
-    for machine in sorted(mine.keys() & theirs.keys()):
-        yield mine[machine], theirs[machine]
-    left = [mine[machine] for machine in sorted(mine.keys() - theirs.keys())]
-    right = [theirs[machine] for machine in sorted(theirs.keys() - mine.keys())]
-    yield from zip(left, right, strict=False)
-    yield from ((row, None) for row in left[len(right) :])
-    yield from ((None, row) for row in right[len(left) :])
-
-
-def _alone(first: _Row | None, second: _Row | None) -> Change:
+def _alone(first: RowRuns | None, second: RowRuns | None) -> Change:
     """A whole row that vanished or appeared."""
     row = first or second
     assert row is not None
@@ -150,36 +75,33 @@ def _sides(first: object, side: Side) -> tuple[Side | None, Side | None]:
     return (side, None) if first is not None else (None, side)
 
 
-def _compared(first: _Row, second: _Row, loads: tuple[LoadItems, LoadItems]) -> Iterator[Change]:
+def _compared(first: RowRuns, second: RowRuns, loads: tuple[LoadItems, LoadItems]) -> Iterator[Change]:
     """The scores of a row that both folders have."""
     notes = _not_as_it_was(first, second)
     yield from _endings(first, second, notes)
     for key in dict.fromkeys([*first.scores, *second.scores]):
-        mine, theirs = first.scores.get(key), second.scores.get(key)
-        if mine is None or theirs is None:
-            score, row = (mine, first) if mine is not None else (theirs, second)
-            assert score is not None
-            side = _side(row, list(score.measured.values()) or list(score.without.values()))
-            yield Change(
-                "vanished" if mine is not None else "appeared", second.label, (score.name,), *_sides(mine, side), notes=notes
-            )
-        elif mine.measured and theirs.measured:
+        mine, theirs = first.scores.get(key, NOTHING), second.scores.get(key, NOTHING)
+        sides = _side(first, mine.runs), _side(second, theirs.runs)
+        ends = tuple(sorted({_ending(record) for record in [*mine.without.values(), *theirs.without.values()]}))
+        if mine.measured and theirs.measured:
             yield _change(first, second, (mine, theirs), loads, notes)
-        elif not mine.measured and not theirs.measured:
-            ends = tuple(sorted({_ending(record) for record in theirs.without.values()}))
-            sides = _side(first, list(mine.without.values())), _side(second, list(theirs.without.values()))
+        elif mine.without and theirs.without and not mine.measured and not theirs.measured:
             yield Change("no score", second.label, (theirs.name,), *sides, notes=(*ends, *notes))
+        elif mine.runs and not mine.measured.keys() & theirs.without.keys() and not theirs.measured:
+            yield Change("vanished", second.label, (mine.name,), sides[0], None, notes=(*ends, *notes))
+        elif theirs.runs and not theirs.measured.keys() & mine.without.keys() and not mine.measured:
+            yield Change("appeared", second.label, (theirs.name,), None, sides[1], notes=(*ends, *notes))
 
 
-def _endings(first: _Row, second: _Row, notes: tuple[str, ...]) -> Iterator[Change]:
+def _endings(first: RowRuns, second: RowRuns, notes: tuple[str, ...]) -> Iterator[Change]:
     """Runs that had scores and have none any more, and the other way round: one change for each way in which they ended."""
     found: dict[tuple[bool, str], dict[str, list[tuple[RunRecord, RunRecord]]]] = {}
-    for key in first.scores.keys() & second.scores.keys():
+    for key in sorted(first.scores.keys() & second.scores.keys()):
         mine, theirs = first.scores[key], second.scores[key]
-        for seed in mine.measured.keys() & (theirs.without.keys() - theirs.measured.keys()):
+        for seed in _in_order(mine.measured.keys() & (theirs.without.keys() - theirs.measured.keys())):
             lost = theirs.without[seed]
             found.setdefault((True, _ending(lost)), {}).setdefault(mine.name, []).append((mine.measured[seed].record, lost))
-        for seed in theirs.measured.keys() & (mine.without.keys() - mine.measured.keys()):
+        for seed in _in_order(theirs.measured.keys() & (mine.without.keys() - mine.measured.keys())):
             old = mine.without[seed]
             found.setdefault((False, _ending(old)), {}).setdefault(mine.name, []).append((old, theirs.measured[seed].record))
     for (lost, ending), by_score in sorted(found.items()):
@@ -189,8 +111,12 @@ def _endings(first: _Row, second: _Row, notes: tuple[str, ...]) -> Iterator[Chan
         yield Change("worsened" if lost else "improved", second.label, tuple(sorted(by_score)), *sides, notes=(said, *notes))
 
 
+def _in_order(seeds: Iterable[Seed]) -> list[Seed]:
+    return sorted(seeds, key=lambda seed: -1 if seed is None else seed)
+
+
 def _change(
-    first: _Row, second: _Row, scores: tuple[_Score, _Score], loads: tuple[LoadItems, LoadItems], notes: tuple[str, ...]
+    first: RowRuns, second: RowRuns, scores: tuple[Score, Score], loads: tuple[LoadItems, LoadItems], notes: tuple[str, ...]
 ) -> Change:
     """One score, before and after, from the answers of the seeds that both have."""
     mine, theirs = (score.measured for score in scores)
@@ -255,11 +181,14 @@ def _corrected(found: list[Change]) -> list[Change]:
     return found
 
 
-def _costs(first: _Row, second: _Row) -> Iterator[CostChange]:
+def _costs(first: RowRuns, second: RowRuns) -> Iterator[CostChange]:
     """Costs that are another by more than `COST_FACTOR`, on the same machine, neither run sharing it."""
     if first.machine != second.machine:
         return
-    runs = [{record.spec.seed: record for record in row.records if record.status == "ok"} for row in (first, second)]
+    runs = [
+        {record.spec.seed: record for record in row.records if record.status == "ok" and not record.rescored_from}
+        for row in (first, second)
+    ]
     seeds = runs[0].keys() & runs[1].keys()
     pairs = [(runs[0][seed], runs[1][seed]) for seed in seeds]
     if not pairs or any(record.provenance.shared_machine for pair in pairs for record in pair):
@@ -277,7 +206,7 @@ def _differs(first: float, second: float) -> bool:
     return max(first, second) > COST_FACTOR * min(first, second)
 
 
-def _side(row: _Row, runs: Sequence[Measured] | Sequence[RunRecord]) -> Side:
+def _side(row: RowRuns, runs: Sequence[Measured] | Sequence[RunRecord]) -> Side:
     """One side of a change."""
     records = [run.record if isinstance(run, Measured) else run for run in runs]
     values = [run.score.value for run in runs if isinstance(run, Measured)]
@@ -286,7 +215,7 @@ def _side(row: _Row, runs: Sequence[Measured] | Sequence[RunRecord]) -> Side:
     return Side(row.machine, tuple(record.spec.seed for record in records), mean, tuple(record.id for record in records))
 
 
-def _not_as_it_was(first: _Row, second: _Row) -> tuple[str, ...]:
+def _not_as_it_was(first: RowRuns, second: RowRuns) -> tuple[str, ...]:
     """What of a row changed that does not keep it apart."""
     one, other = first.records[-1].spec, second.records[-1].spec
     found = [
@@ -301,18 +230,17 @@ def _not_as_it_was(first: _Row, second: _Row) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _revised(mine: _Score, theirs: _Score) -> tuple[str, ...]:
+def _revised(mine: Score, theirs: Score) -> tuple[str, ...]:
     return () if mine.revision == theirs.revision else (f"evaluation revision {mine.revision} → {theirs.revision}",)
 
 
-def _missing(mine: _Score, theirs: _Score) -> Iterator[str]:
+def _missing(mine: Score, theirs: Score) -> Iterator[str]:
     """Seeds that only one side has."""
     if {None} in (mine.measured.keys(), theirs.measured.keys()):
         return
     for said, one, other in (("vanished", mine, theirs), ("appeared", theirs, mine)):
-        seeds = sorted(str(seed) for seed in one.measured.keys() - other.measured.keys() - other.without.keys())
-        if seeds:
-            yield f"seed {', '.join(seeds)} {said}"
+        if seeds := _in_order(one.measured.keys() - other.measured.keys() - other.without.keys()):
+            yield f"seed {', '.join(map(str, seeds))} {said}"
 
 
 def _ending(record: RunRecord) -> str:

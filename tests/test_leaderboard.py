@@ -23,6 +23,7 @@ from prunebench.results.leaderboard import number, target_title, to_markdown
 from prunebench.results.published import load_published
 from prunebench.results.records import EvalSpec, Recipe, RunRecord
 from prunebench.results.store import ResultStore, Stored
+from prunebench.results.verdicts import Grade, Verdicts
 
 TOP = Path(__file__).parents[1]
 RESULTS = TOP / "results"
@@ -627,6 +628,20 @@ def test_the_page_is_plain_markdown() -> None:
         assert len({frozenset(row) for row in table}) == 1
 
 
+def test_trust_stands_where_somebody_looked_again() -> None:
+    """A row is as its least trusted record."""
+    records = [dense(), magnitude(), *(make_record(make_spec(seed=seed), value=80.0 + seed) for seed in (0, 1))]
+    grades: dict[str, Grade] = {records[0].id: "replayed", records[2].id: "replayed", records[3].id: "checked"}
+    found = build_board(stored(*records), grade=lambda record: grades.get(record.id, "reported"))
+    table = only_table(to_markdown(found))
+    assert [(row["method"].strip("*"), row["trust"]) for row in table] == [
+        ("dense", "replayed"),
+        ("wanda", "checked"),
+        ("magnitude", "reported"),
+    ]
+    assert "trust" not in only_table(page(*records))[0]
+
+
 # What is committed
 
 COMMITTED = sorted(RESULTS.glob("*/*/*.json"))
@@ -639,7 +654,7 @@ def test_the_committed_page_is_what_the_committed_records_give() -> None:
     store = ResultStore(RESULTS, pytest.fail)
     latest = store.latest()
     placed = beside(load_published(RESULTS / "published"), [item.record for item in latest])
-    fresh = to_markdown(build_board(latest, revisions, store.items), placed)
+    fresh = to_markdown(build_board(latest, revisions, store.items, Verdicts.of(RESULTS).grade), placed)
     assert PAGE.read_text(encoding="utf-8") == fresh, "run `prunebench report --out leaderboard.md`"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,7 @@ def report(
     from prunebench.results.leaderboard import to_markdown
     from prunebench.results.published import load_published
     from prunebench.results.sheet import to_csv
+    from prunebench.results.verdicts import Verdicts
     from prunebench.show import draw_board, print_board
 
     if not results.is_dir():
@@ -85,7 +87,8 @@ def report(
     revisions = load_registry().revisions()
     store = open_store(results)
     latest = store.latest()
-    whole = build_board(latest, revisions, store.items)
+    grade = Verdicts.of(results).grade
+    whole = build_board(latest, revisions, store.items, grade)
     board = whole.only(only or "")
     if whole.sections and not board.sections:
         raise RequestError(f"no section's title contains {only!r}; titles are, for example, {whole.sections[0].title!r}.")
@@ -95,7 +98,7 @@ def report(
     print_board(board, terminal)
     if placed and not only:
         terminal.print(f"\n{counts(placed)}")
-    writers = (
+    writers: tuple[tuple[Path | None, Callable[[], str]], ...] = (
         (out, lambda: to_markdown(board, placed)),
         (picture, lambda: draw_board(board)),
         (csv, lambda: to_csv(board)),
@@ -110,12 +113,11 @@ def report(
         from prunebench.report.figures import figures_of
         from prunebench.report.page import to_html
         from prunebench.report.plots import write_covers, write_plots
-        from prunebench.results.verdicts import Verdicts
 
         figures = figures_of(board, present, placed, store.masks, store.items)
         if html is not None:
             records = [stored.record for stored in latest]
-            write_text(html, to_html(board, records, figures, placed, Verdicts.of(results).grade))
+            write_text(html, to_html(board, records, figures, placed, grade))
             terminal.print(f"\nWritten to {escape(str(html))}.")
         if plots is not None:
             _list(plots, write_plots(figures, plots))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from prunebench.results.comparison import LoadItems, Measured
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
+from prunebench.results.verdicts import Grade, lowest
 
 OWN_PACKAGE = "prunebench"
 """The distribution of the built-in methods."""
@@ -84,6 +85,11 @@ class Section:
         return self.sample is None or self.is_ratio
 
     @property
+    def shows_trust(self) -> bool:
+        """Whether somebody looked at any of it again."""
+        return any(row.grade != "reported" for table in self.tables for row in table.rows)
+
+    @property
     def parts(self) -> list[str]:
         """Further numbers that rows have, without one that is the value again in every row."""
         rows = [row for table in self.tables for row in table.rows]
@@ -127,7 +133,10 @@ class Board:
 
 
 def build_board(
-    stored: Iterable[Stored], revisions: Mapping[str, int] | None = None, load: LoadItems = lambda _, score: score.items
+    stored: Iterable[Stored],
+    revisions: Mapping[str, int] | None = None,
+    load: LoadItems = lambda _, score: score.items,
+    grade: Callable[[RunRecord], Grade] = lambda _: "reported",
 ) -> Board:
     """Group the latest records.
 
@@ -136,6 +145,7 @@ def build_board(
         revisions: the present revisions of pruners by name and of evaluations by `eval NAME`; records of another revision are
             outdated and stand in no table.
         load: gives raw answers, `ResultStore.items`; without it those that are in the records.
+        grade: says how far a record may be trusted, `Verdicts.grade`; without it nobody looked at any again.
     """
     records = [item.record for item in sorted(stored, key=lambda item: item.path)]
     outdated = [r for r in records if is_outdated(r, revisions or {})]
@@ -151,11 +161,21 @@ def build_board(
     sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load, tuning)]
     by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
     return Board(
-        sections=tuple(_in_order(sections)),
+        sections=tuple(_in_order(_graded(section, present, grade) for section in sections)),
         failed=tuple(sorted((r for r in present if r.status == "failed"), key=by_label)),
         refused=tuple(sorted((r for r in present if r.status == "refused"), key=by_label)),
         outdated=tuple(sorted(outdated, key=by_label)),
     )
+
+
+def _graded(section: Section, records: Sequence[RunRecord], grade: Callable[[RunRecord], Grade]) -> Section:
+    """The section with each row's grade: that of its least trusted record."""
+    known = {record.id: record for record in records if record.machine == section.machine}
+    tables = (
+        replace(table, rows=tuple(replace(row, grade=lowest(grade(known[each]) for each in row.ids)) for row in table.rows))
+        for table in section.tables
+    )
+    return replace(section, tables=tuple(tables))
 
 
 def _in_order(sections: Iterable[Section]) -> list[Section]:

@@ -16,6 +16,7 @@ from prunebench.results.board import Board, Section, Table
 from prunebench.results.leaderboard import reason, table_limits
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import Row
+from prunebench.results.verdicts import Grade
 
 EXPORT_SCHEMA = 1
 """The format of the JSON file; it rises when a field is renamed, leaves, or means something else."""
@@ -62,6 +63,7 @@ class ExportedRow(_Frozen):
     coverage: float = Field(description="share of the blocks' parameters that are in matrices the method pruned")
     extra_parameters: int
     ids: list[str] = Field(description="of the runs, one a seed")
+    trust: Grade = Field(description="how far its least trusted run was looked at again: reported, checked or replayed")
 
 
 class ExportedTable(_Frozen):
@@ -219,6 +221,7 @@ def _row(section: Section, row: Row) -> ExportedRow:
         coverage=row.coverage,
         extra_parameters=row.extra_parameters,
         ids=list(row.ids),
+        trust=row.grade,
     )
 
 

@@ -54,6 +54,7 @@ def columns(section: Section, table: Table) -> list[str]:
         *section.parts,
         "seeds",
         *(["prune s", "peak MiB", "sparsity %", "of all %", "coverage %"] if section.shows_costs else []),
+        *(["trust"] if section.shows_trust else []),
     ]
 
 
@@ -83,6 +84,7 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         *(_part(section, row, part) for part in section.parts),
         row.seeds_shown,
         *(costs if section.shows_costs else []),
+        *([row.grade] if section.shows_trust else []),
     ]
 
 

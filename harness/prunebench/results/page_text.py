@@ -31,7 +31,11 @@ same zeros as a share of all parameters. `coverage %` is the share of the blocks
 pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original
 cost of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*`
 marks costs measured while other processes took cores that the run needed. An accuracy with ≈ cannot be told from guessing, one
-with ↓ is significantly worse than that."""
+with ↓ is significantly worse than that.
+
+`trust` stands in sections of which somebody looked at records again (`prunebench verify`): `reported` as handed in, `checked`
+against their raw answers, masks and each other, `replayed` when a sample was made again with the model; a row has the lowest
+of its records. Without the column all are `reported`."""
 
 PUBLISHED = """Numbers of the papers are kept in `results/published/`. One stands beside ours only where model, method, target,
 every stated condition and the content of the full data set agree; `reproduced` is within 1% of a perplexity, or two standard

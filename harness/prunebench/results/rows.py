@@ -13,6 +13,7 @@ from prunebench.results.comparison import Answers, Comparison, LoadItems, Measur
 from prunebench.results.ranks import RankInterval, rank
 from prunebench.results.records import RunRecord
 from prunebench.results.statistics import Difference
+from prunebench.results.verdicts import Grade
 
 DENSE = "dense"
 
@@ -40,6 +41,8 @@ class Row:
     coverage: float
     shared_machine: bool
     ids: tuple[str, ...]
+    grade: Grade = "reported"
+    """How far it may be trusted: as its least trusted record."""
     rank: RankInterval | None = None
     """Among the rows of its table that are not dense; None where no test could be made."""
     versus: Difference | None = None

@@ -53,6 +53,7 @@ COLUMNS: Mapping[str, str] = {
     "coverage": "share of the blocks' parameters in pruned matrices",
     "extra_parameters": "",
     "ids": "of the runs, joined by semicolons",
+    "trust": "reported, checked or replayed: the lowest of its runs",
 }
 """The columns of the CSV file and what they mean; in this order."""
 

@@ -111,7 +111,7 @@ class Changes:
         return bool(self.of("worsened")) or (with_costs and any(cost.grew for cost in self.costs))
 
     @property
-    def counts(self) -> Mapping[str, int]:
+    def counts(self) -> Mapping[Outcome, int]:
         """How many ended how, all outcomes."""
         return {outcome: len(self.of(outcome)) for outcome in OUTCOMES}
 
@@ -119,7 +119,7 @@ class Changes:
         """Everything, as plain data."""
         return {
             "records": {"before": self.records[0], "after": self.records[1]},
-            "counts": dict(self.counts),
+            "counts": {**self.counts},
             "rows": [_row(change) for change in self.rows],
             "costs": [
                 {**vars(cost.label), "machine": cost.machine, "cost": cost.cost, "before": cost.before, "after": cost.after}

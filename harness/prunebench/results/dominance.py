@@ -91,8 +91,8 @@ def weigh(rows: Sequence[Row], higher_is_better: bool, limits: Limits, trained: 
             found.append(Choice(row, "open", (SHARED,)))
         else:
             found.append(Choice(row, "choose", ()))
-    best = lambda choice: -choice.row.mean if higher_is_better else choice.row.mean  # noqa: E731
-    return sorted(found, key=lambda choice: (VERDICTS.index(choice.verdict), best(choice), choice.row.method))
+    sign = -1 if higher_is_better else 1
+    return sorted(found, key=lambda choice: (VERDICTS.index(choice.verdict), sign * choice.row.mean, choice.row.method))
 
 
 def beats(first: Row, second: Row, higher_is_better: bool, as_measured: bool = False) -> bool:

@@ -99,11 +99,11 @@ def _endings(first: RowRuns, second: RowRuns, notes: tuple[str, ...]) -> Iterato
     for key in sorted(first.scores.keys() & second.scores.keys()):
         mine, theirs = first.scores[key], second.scores[key]
         for seed in _in_order(mine.measured.keys() & (theirs.without.keys() - theirs.measured.keys())):
-            lost = theirs.without[seed]
-            found.setdefault((True, _ending(lost)), {}).setdefault(mine.name, []).append((mine.measured[seed].record, lost))
+            pair = (mine.measured[seed].record, theirs.without[seed])
+            found.setdefault((True, _ending(pair[1])), {}).setdefault(mine.name, []).append(pair)
         for seed in _in_order(theirs.measured.keys() & (mine.without.keys() - mine.measured.keys())):
-            old = mine.without[seed]
-            found.setdefault((False, _ending(old)), {}).setdefault(mine.name, []).append((old, theirs.measured[seed].record))
+            pair = (mine.without[seed], theirs.measured[seed].record)
+            found.setdefault((False, _ending(pair[0])), {}).setdefault(mine.name, []).append(pair)
     for (lost, ending), by_score in sorted(found.items()):
         pairs = next(iter(by_score.values()))
         sides = _side(first, [one for one, _ in pairs]), _side(second, [other for _, other in pairs])

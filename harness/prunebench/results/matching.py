@@ -69,7 +69,8 @@ def rows_of(records: Iterable[RunRecord]) -> dict[Key, dict[str, RowRuns]]:
     groups: dict[tuple[Key, str], dict[tuple[int, ...], list[RunRecord]]] = {}
     for record in sorted(records, key=lambda record: (record.provenance.started, record.id)):
         spec = record.spec
-        key = (spec.model.weights, spec.model.tokenizer, spec.model.dtype, spec.method, spec.target, fingerprint(spec.recipe))
+        model = spec.model
+        key: Key = (model.weights, model.tokenizer, model.dtype, spec.method, spec.target, fingerprint(spec.recipe))
         revisions = tuple(step.revision for step in spec.steps)
         groups.setdefault((key, record.machine), {}).setdefault(revisions, []).append(record)
     found: dict[Key, dict[str, RowRuns]] = {}

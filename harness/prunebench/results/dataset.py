@@ -8,7 +8,7 @@ with its run's id and machine. Raw answers and masks stay in the results folder.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,18 +262,22 @@ def _matrices(record: RunRecord) -> Iterator[dict[str, Any]]:
 
 def card(records: Sequence[RunRecord], counts: Mapping[str, int]) -> str:
     """The data card: what the hub and `datasets` read, and what people should know before they compare."""
-    listed = lambda found: ", ".join(markdown(each) for each in sorted(set(found)))  # noqa: E731
+    machines, models = _listed(record.machine for record in records), _listed(record.spec.model.name for record in records)
     parts = [
         _front_matter(counts),
         "# Records of prunebench",
-        f"{counts['runs']:,} runs that prune language models and measure what is left, on {listed(r.machine for r in records)} "
-        f"with {listed(r.spec.model.name for r in records)}. Made by `prunebench export`.",
+        f"{counts['runs']:,} runs that prune language models and measure what is left, on {machines} with {models}. "
+        "Made by `prunebench export`.",
         _USE,
         _COMPARE,
         *(_table(name, TABLES[name], count) for name, count in counts.items()),
         _CITE,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(markdown(name) for name in sorted(set(names)))
 
 
 def _front_matter(counts: Mapping[str, int]) -> str:

@@ -83,7 +83,7 @@ def _character(character: str) -> str:
         return _CHARACTERS[character]
     if character.isascii():
         return character
-    letter, *accents = unicodedata.normalize("NFD", character)
+    letter, *accents = list(unicodedata.normalize("NFD", character))
     if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in _ACCENTS:
         return f"\\{_ACCENTS[accents[0]]}{{{letter}}}"
     return f"(U+{ord(character):04X})"

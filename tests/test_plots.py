@@ -32,7 +32,9 @@ from prunebench.report.marks import Hollow
 from prunebench.report.matrices import ERROR, Heat, OverlapSquare
 from prunebench.report.palette import Palette
 from prunebench.report.plots import palette_of, write_covers, write_plots
+from prunebench.results.beside import beside
 from prunebench.results.board import build_board
+from prunebench.results.published import load_published
 from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 
@@ -346,7 +348,9 @@ def test_the_committed_pictures_are_what_the_committed_records_give(tmp_path: Pa
     store = ResultStore(RESULTS, pytest.fail)
     latest = store.latest()
     records = [stored.record for stored in latest]
-    made = figures_of(build_board(latest, load_registry().revisions(), store.items), records, (), store.masks, store.items)
+    placed = beside(load_published(RESULTS / "published"), records)
+    found = build_board(latest, load_registry().revisions(), store.items)
+    made = figures_of(found, records, placed, store.masks, store.items)
     for path in write_covers(made, tmp_path):
         committed, fresh = ((folder / path.name).read_text(encoding="utf-8") for folder in (RESULTS, tmp_path))
         number = re.compile(r"(?<![\w#])-?\d+\.?\d*(?:e-?\d+)?")

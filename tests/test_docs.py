@@ -212,7 +212,7 @@ class Place:
         more = []
         if words[0] == "run" and words[1] in shipped_suites() and "--dry-run" not in words:
             more = ["--dry-run"]
-        elif words[0] == "run":
+        elif words[0] in ("run", "rescore"):
             more = ["--executor", "inline"]
         elif words[0] == "check" and "--json" not in words:
             # A process of its own: this one's fork server may have loaded the plugins before this one was there.

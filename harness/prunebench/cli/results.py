@@ -71,7 +71,7 @@ def report(
     Example: prunebench report --out leaderboard.md
     """
     from prunebench.plugins import load_registry
-    from prunebench.results.beside import beside, counts
+    from prunebench.results.beside import about, beside, counts
     from prunebench.results.board import build_board
     from prunebench.results.exports import to_json
     from prunebench.results.files import write_text
@@ -95,8 +95,10 @@ def report(
     papers, old = results / "published", {record.id for record in board.outdated}
     present = [stored.record for stored in latest if stored.record.id not in old]
     placed = beside(load_published(papers), present) if papers.is_dir() else []
+    if only:
+        placed = about(placed, [section.conditions for section in board.sections])
     print_board(board, terminal)
-    if placed and not only:
+    if placed:
         terminal.print(f"\n{counts(placed)}")
     writers: tuple[tuple[Path | None, Callable[[], str]], ...] = (
         (out, lambda: to_markdown(board, placed)),

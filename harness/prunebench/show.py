@@ -176,8 +176,8 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
         fact("zeros", f"{audit.sparsity_prunable:.4%} of prunable weights, {audit.sparsity_total:.4%} of all parameters")
         fact("extra zeros", str(audit.extra_zeros))
         fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
-    for name, value in _kept(record):
-        fact(name, value)
+    for name, told in _kept(record):
+        fact(name, told)
     for name, score in record.scores.items():
         shown = "no mean" if score.value is None else f"{score.value:.6g}"
         fact(name, f"{shown} ({score.seconds:.1f} s)")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from support import Bench, Ran, cases, tree
 
-from prunebench.bench import runner
+from prunebench.bench import at_hand, runner
 from prunebench.bench.plan import Keeping
 from prunebench.bench.verifying import Request, verified
 from prunebench.errors import RequestError, StoreError, WriteError
@@ -795,7 +795,7 @@ def test_accepting_overwrites_nothing(honest: Path, tmp_path: Path) -> None:
     request = Request(tmp_path / "bundle.zip", into, (), (), False, 0, "cpu")
     refused = pytest.raises(WriteError, match="with another content; nothing was overwritten")
     with verified(request, lambda folder: ResultStore(folder, pytest.fail)) as found, refused:
-        accept(found, ResultStore(into, pytest.fail), None)
+        accept(found, ResultStore(into, pytest.fail), None, "1.0")
     assert (into / record.masks.file).read_bytes() == b"another"
 
 
@@ -836,3 +836,15 @@ def test_whatever_a_record_holds_is_a_finding_and_no_crash(forger: Forger, hones
             path.write_bytes(before)
             path = forger.edit(path, lambda data, place=place, value=value: place(data, value))  # type: ignore[misc]
             assert wrong(look(forger.folder, honest)), (place, value)
+
+
+def test_a_record_leads_to_no_file_outside_the_folders_that_were_named(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    for path in (tmp_path / "outside.yaml", tmp_path / "inside" / "text.txt"):
+        path.write_text("text")
+    found = [text for text, _ in at_hand._spellings("perplexity[data=../far/text.txt,window=16]", [tmp_path / "inside"])]
+    assert found == [f"perplexity[data={tmp_path / 'inside' / 'text.txt'},window=16]"], "by the last part of its name"
+    for name in ("../outside.yaml", str(tmp_path / "outside.yaml"), "absent.yaml"):
+        assert not list(at_hand._spellings(f"zero_shot[tasks={name}]", [tmp_path / "inside"]))
+    assert not list(at_hand._spellings("perplexity[data=owner/name]", [tmp_path])), "nothing is fetched"
+    assert list(at_hand._spellings("perplexity[data=wikitext2]", [tmp_path]))

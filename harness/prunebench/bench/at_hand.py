@@ -1,8 +1,8 @@
 """What a record was made with, found again: its model, its evaluations' data, its calibration tokens.
 
 A record names texts and has no paths. They are looked for where runs look for them; what is found counts only when its hash is
-the one in the record, so that nothing is replayed with other data. A stranger's record makes nothing be fetched: what is no
-file here, and not in the mirror, is not at hand.
+the one in the record, so that nothing is replayed with other data. Files must be in the folders that were named, wherever a
+stranger's record would lead; of data sets only those are fetched that have a short name here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prunebench.bench.specs import AskedEval, eval_specs
 from prunebench.errors import PrunebenchError
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
+from prunebench.results.files import is_within
 from prunebench.results.records import EvalSpec, RunRecord, TextSpec, fingerprint
 from prunebench.shipped import suites_folder
 from prunebench.spec import Eval, JsonDict
@@ -131,9 +132,10 @@ def _texts(text: TextSpec, places: Sequence[Path]) -> Iterator[tuple[str, Path]]
     """Names by which a text may be had, and the folder each is relative to."""
     if text.origin == "file":
         yield from ((text.name, folder) for folder in places if (folder / text.name).is_file())
-    elif mirror():
-        short = next((name for name, known in KNOWN.items() if known.repo == text.name), None)
-        yield f"{short or text.name + '/' + text.config}:{text.split}", Path.cwd()
+        return
+    short = next((name for name, known in KNOWN.items() if known.repo == text.name), None)
+    if short or mirror():
+        yield f"{short or f'{text.name}/{text.config}'}:{text.split}", Path.cwd()
 
 
 def _spellings(text: str, places: Sequence[Path]) -> Iterator[tuple[str, Path]]:
@@ -148,8 +150,9 @@ def _spellings(text: str, places: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     for folder in places:
         found: dict[str, Path] = {}
         for name in names:
-            there = [path for path in (folder / name, folder / name.rsplit("/", 1)[-1]) if path.is_file()]
-            if there:
-                found[name] = there[0].resolve()
+            there = (folder / name, folder / name.rsplit("/", 1)[-1])
+            path = next((path.resolve() for path in there if path.is_file() and is_within(path, folder)), None)
+            if path is not None:
+                found[name] = path
         if found.keys() == set(names):
             yield _FILE.sub(lambda match, found=found: str(found[match[0]]), text), folder  # type: ignore[misc]

@@ -26,7 +26,7 @@ from prunebench.bench.specs import eval_facts
 from prunebench.errors import PrunebenchError, described
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.records import EvalSpec, ScoreRecord
-from prunebench.spec import EvalJob, Progress
+from prunebench.spec import EvalJob, JsonDict, Progress
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.loading import load_model
@@ -143,9 +143,7 @@ class Replay:
             if not wrong:
                 found.done.append(f"{len(chosen)} of {count} answers of {name}")
 
-    def _at_hand(
-        self, entry: Entry, model: Model, found: Replayed
-    ) -> Iterator[tuple[str, ScoreRecord, Repeatable, dict[str, object]]]:
+    def _at_hand(self, entry: Entry, model: Model, found: Replayed) -> Iterator[tuple[str, ScoreRecord, Repeatable, JsonDict]]:
         """Scores whose evaluation can be asked again here."""
         for name, score in entry.record.scores.items():
             spec: EvalSpec | None = next((s for s in entry.record.spec.evals if s.conditions == score.conditions), None)

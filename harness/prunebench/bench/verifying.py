@@ -76,7 +76,7 @@ def _opened(
 ) -> Iterator[tuple[Sequence[Entry], list[Finding], Counter[str]]]:
     """The records of a bundle or a folder, what is wrong before any is looked at, and how much was looked at for that."""
     if path.is_dir():
-        store, complaints = open_store(path), []
+        store, complaints = open_store(path), list[str]()
         quiet = ResultStore(path, complaints.append)
         entries = [Entry(stored, store) for stored in quiet.latest()]
         if not entries and not complaints:

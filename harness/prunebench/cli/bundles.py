@@ -88,6 +88,7 @@ def verify(
 
     Example: prunebench verify bundle.zip
     """
+    from prunebench import __version__
     from prunebench.bench.plan import pick_device
     from prunebench.bench.verifying import Request, verified
     from prunebench.results.accepting import accept as accepted
@@ -109,7 +110,7 @@ def verify(
                 if replay and model:
                     terminal.print(f"What to replay was drawn by --seed {drawn}.", style="dim")
             if accept and not found.failed:
-                added = accepted(found, open_store(bundle if bundle.is_dir() else results), drawn)
+                added = accepted(found, open_store(bundle if bundle.is_dir() else results), drawn, __version__)
                 if not as_json:
                     where = escape(str(bundle if bundle.is_dir() else results))
                     terminal.print(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import prunebench
 from prunebench.errors import WriteError
 from prunebench.results.bundle import names_beside
 from prunebench.results.files import is_within, opened, sync_folder, write_aside
@@ -21,13 +20,14 @@ from prunebench.results.verdicts import GRADES, Verdict, Verdicts, content_check
 CHUNK_BYTES = 1 << 20
 
 
-def accept(examined: Examination, store: ResultStore, seed: int | None) -> list[Stored]:
+def accept(examined: Examination, store: ResultStore, seed: int | None, version: str) -> list[Stored]:
     """Copy the examined records with all that belongs to them, unless they are there, and keep the verdicts.
 
     Args:
         examined: nothing in it is wrong.
         store: the results folder that gets them.
         seed: by which a replay drew.
+        version: of prunebench, which found it.
 
     Returns:
         The records that were not there before, as they are there now.
@@ -41,7 +41,7 @@ def accept(examined: Examination, store: ResultStore, seed: int | None) -> list[
             for name in names_beside(entry.path, entry.record):
                 _copy(entry.store.folder, store.folder, name)
             added.append(store.keep(entry.record))
-    keep_verdicts(examined, store.folder, seed)
+    keep_verdicts(examined, store.folder, seed, version)
     return added
 
 
@@ -51,14 +51,14 @@ def is_there(store: ResultStore, entry: Entry) -> bool:
     return any(content_checksum(s.record) == mine for s in store.of_run(entry.record.machine, entry.record.id))
 
 
-def keep_verdicts(examined: Examination, folder: Path, seed: int | None) -> int:
+def keep_verdicts(examined: Examination, folder: Path, seed: int | None, version: str) -> int:
     """Write what was found of each record; how many verdicts are new.
 
     What was replayed before stays so when it is only checked now; what is found wrong does not.
     """
     known, written = Verdicts.of(folder), 0
     for entry in examined.entries:
-        verdict = verdict_of(examined, entry, seed)
+        verdict = verdict_of(examined, entry, seed, version)
         earlier = known.find(entry.record)
         kept = earlier is not None and verdict.grade != "reported" and _higher(earlier, verdict)
         if not kept and (earlier is not None or verdict.grade != "reported"):
@@ -67,7 +67,7 @@ def keep_verdicts(examined: Examination, folder: Path, seed: int | None) -> int:
     return written
 
 
-def verdict_of(examined: Examination, entry: Entry, seed: int | None) -> Verdict:
+def verdict_of(examined: Examination, entry: Entry, seed: int | None, version: str) -> Verdict:
     """What was found of one record."""
     grade = examined.grade(entry)
     return Verdict(
@@ -78,7 +78,7 @@ def verdict_of(examined: Examination, entry: Entry, seed: int | None) -> Verdict
         looked_at=[*_checks(examined, entry), *([examined.replayed[entry.path]] if entry.path in examined.replayed else [])],
         left_out=examined.unseen.get(entry.path, []),
         seed=seed if entry.path in examined.replayed else None,
-        version=prunebench.__version__,
+        version=version,
         when=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -59,7 +59,7 @@ def write_bundle(store: ResultStore, chosen: Iterable[Stored], out: Path, outdat
         StoreError: there is nothing to put in, or the file cannot be written there.
         WriteError: it cannot be written to the end.
     """
-    contents, files = Contents(), {}
+    contents, files = Contents(), dict[str, Path]()
     for stored in sorted(chosen, key=lambda stored: stored.path):
         if stored.record.id in outdated:
             contents.left_out.append(f"{stored.path} was measured with another revision of its method or an evaluation.")

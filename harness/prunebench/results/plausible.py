@@ -15,7 +15,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from prunebench.results.comparison import Measured
-from prunebench.results.findings import Entry, Finding, is_pruned, is_trained
+from prunebench.results.findings import Entry, Finding, Level, is_pruned, is_trained
+from prunebench.results.planning import Asked
 from prunebench.results.records import RunRecord, ScoreRecord, canonical_json, fingerprint
 from prunebench.results.verdicts import content_checksum
 
@@ -156,7 +157,7 @@ def repeated(near: Neighbours) -> Iterator[Finding]:
             for other, theirs in near.beside(entry, name):
                 found = other.record.scores[theirs]
                 if other.record.id == entry.record.id and not _agree(score, found, REPEAT_AGREES):
-                    level = "warning" if is_trained(entry.record) or "imp" in entry.record.spec.method else "error"
+                    level: Level = "warning" if is_trained(entry.record) else "error"
                     said = f"is {score.value!r}, and the same run has {found.value!r} in {other.label}"
                     yield entry.finding("plausible", f"scores.{name}.value", said, level)
                     break
@@ -265,8 +266,5 @@ def _agree(one: ScoreRecord, other: ScoreRecord, share: float) -> bool:
         return one.value == other.value
     few = 0.0
     if one.is_share:
-        asked = one.conditions.get("questions") or sum(
-            int(task.get("items", 0)) for task in dict(one.conditions.get("tasks") or {}).values()
-        )
-        few = QUESTIONS / max(1, min(int(asked or 1), int(one.conditions.get("limit") or asked or 1)))
+        few = QUESTIONS / max(1, sum(count for _, count in Asked.by(one.conditions).questions))
     return math.isclose(one.value, other.value, rel_tol=share, abs_tol=max(few, 1e-6))

@@ -83,4 +83,5 @@ def _overfull(keep: NDArray[np.bool_], target: NM) -> int:
     rows, columns = keep.shape
     if columns % target.of:
         return rows
-    return int((keep.reshape(rows, columns // target.of, target.of).sum(axis=2) > target.keep).sum())
+    kept = keep.reshape(rows, columns // target.of, target.of).sum(axis=2)
+    return int(np.count_nonzero(kept > target.keep))

@@ -71,7 +71,7 @@ LAYERS = {
     "testing": Layer(frozenset({"contract", "toolkit", "plugins", "shipped"}), frozenset(TENSORS | {"pytest"})),
     "scaffold": Layer(frozenset({"contract", "plugins"}), frozenset()),
     "checking": Layer(frozenset({"contract", "plugins", "children", "testing"}), frozenset()),
-    "report": Layer(frozenset({"contract", "results"}), frozenset(TABLES | {"jinja2"})),
+    "report": Layer(frozenset({"contract", "results"}), frozenset(TABLES | {"jinja2", "plotly"})),
     "show": Layer(frozenset({"contract", "results"}), frozenset({"rich"})),
     "cli": Layer(
         frozenset(

@@ -35,11 +35,9 @@ Keys = Callable[[Sequence[str]], list[str]]
 COST_TITLES = dict(zip(COSTS, ("Prune time", "Peak memory", "Speed-up"), strict=True))
 
 _COST_AXES = {PRUNE_SECONDS: "seconds to prune", PEAK_MIB: "peak memory, MiB", SPEED_UP: "speed-up, times"}
-_MOST_TEXTS = 16
-"""Columns of a heat map whose cells still have room for their numbers."""
 _MOST_LABELS = 9
 """Of marks in one picture that each have their name beside them; of more only the front has."""
-_LONGEST_LABEL = 26
+_LONGEST_LABEL = 36
 _ROW, _CELL = 40, 32
 """Pixels of a bar with its name above it, and of a heat map's row."""
 _COLUMN = 7.0
@@ -61,7 +59,7 @@ def tradeoff_chart(figure: Tradeoff, palette: Palette, keys: Keys) -> Chart:
         if mark.shared_machine:
             trace["marker"]["opacity"] = 0.5
         if mark.method in labelled:
-            side = "left" if costs.place(paid[mark.method]) > 0.6 else "right"
+            side = "left" if costs.place(paid[mark.method]) > 0.5 else "right"
             name = {"text": [shown(_cut(labels[mark.method]))], "textposition": f"top {side}"}
             trace |= {"mode": "markers+text", **name, "textfont": {"color": "@soft", "size": 11}}
         traces.append(trace)
@@ -101,7 +99,7 @@ def phases_chart(figure: PhaseBars, keys: Keys) -> Chart:
     places = list(range(len(figure.methods)))
     whole = [sum(seconds) for seconds in zip(*figure.phases.values(), strict=True)]
     own = [name for name in figure.phases if name not in PHASES]
-    data = []
+    data: list[Chart] = []
     for name, seconds in figure.phases.items():
         token = f"@{name}" if name in PHASES else f"@c{own.index(name) % len(COLOURS)}"
         points = [
@@ -151,8 +149,6 @@ def _grid(down: list[str], across: dict[str, Any], values: list[list[float]], wh
     """A heat map; what its cells say and open is for the page to make of `grid`, since it would be long."""
     columns = len(across["tickvals"])
     trace: Chart = {"type": "heatmap", "x": list(range(columns)), "y": list(range(len(down))), "z": values}
-    if columns <= _MOST_TEXTS:
-        trace |= {"texttemplate": "%{z:.3g}", "textfont": {"size": 11}, "showscale": False}
     flat = [value for line in values for value in line if value == value]
     if flat and max(flat) - min(flat) < 0.02 * abs(max(flat)):  # nearly one value is a quiet picture, not a bright one
         trace |= {"zmin": 0, "zmax": 2 * abs(max(flat)) or 1}
@@ -228,7 +224,8 @@ def _front(figure: Tradeoff, paid: dict[str, float]) -> Chart:
     values = {mark.method: mark.value for mark in figure.marks}
     line = {"color": "@accent:0.7", "width": 1.5, "shape": "vh" if figure.cost == SPEED_UP else "hv"}
     at = {"x": [paid[name] for name in figure.front], "y": [values[name] for name in figure.front]}
-    return {"type": "scatter", "mode": "lines", **at, "line": line, "hoverinfo": "skip"}
+    meta = {"methods": [plain(name) for name in figure.front]}
+    return {"type": "scatter", "mode": "lines", **at, "line": line, "hoverinfo": "skip", "meta": meta}
 
 
 def _cost_line(mark: Mark, cost: str, on_front: bool) -> str:

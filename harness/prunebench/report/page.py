@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from prunebench.plain import plain
@@ -94,10 +93,7 @@ class _Page:
         """The whole file."""
         sections = self._sections()
         heats = self._heats()
-        overlaps = [
-            {"title": plain(f.title), "chart": self._keep(overlap_chart(f, partial(self._panels.keys, machine=f.machine)))}
-            for f in self._figures.overlaps
-        ]
+        overlaps = self._overlaps()
         runs = self._runs()
         script, plotly = (TEMPLATES / "page.js").read_text(encoding="utf-8"), get_plotlyjs()
         points = [json.loads(point) for point in self._points]
@@ -110,10 +106,10 @@ class _Page:
         }
         return _template().render(
             policy=_policy(script, plotly),
-            style=Markup(_colours() + (TEMPLATES / "page.css").read_text(encoding="utf-8")),
-            script=Markup(script),
-            plotly=Markup(_packed(plotly)),
-            data=Markup(as_json(data)),
+            style=_colours() + (TEMPLATES / "page.css").read_text(encoding="utf-8"),
+            script=script,
+            plotly=_packed(plotly),
+            data=as_json(data),
             sections=sections,
             filters=filters_of(sections, runs),
             heats=heats,
@@ -139,6 +135,7 @@ class _Page:
         sections = self._board.sections
         evaluations = evaluations_of(sections)
         apart = apart_of(sections)
+        several = len({section.model for section in sections}) > 1
         found = []
         for index, (section, drawn) in enumerate(zip(sections, self._figures.sections, strict=True), start=1):
             curves = drawn.curves
@@ -146,7 +143,7 @@ class _Page:
                 {
                     "id": f"section-{index}",
                     "title": plain(section.title),
-                    "short": plain(section.title.removeprefix(f"{section.model}: ")),
+                    "short": plain(section.title if several else section.title.removeprefix(f"{section.model}: ")),
                     "apart": apart[index - 1],
                     "model": plain(section.model),
                     "machine": plain(section.machine),
@@ -210,6 +207,14 @@ class _Page:
                 }
             )
         return [{"title": title, "figures": figures} for title, figures in groups.items()]
+
+    def _overlaps(self) -> list[dict[str, Any]]:
+        found = []
+        for figure in self._figures.overlaps:
+            chart = self._keep(overlap_chart(figure, partial(self._panels.keys, machine=figure.machine)))
+            keys = self._panels.keys(figure.ids[:1], figure.machine)
+            found.append({"title": plain(figure.title), "chart": chart, "keys": keys, "chance": f"{figure.chance:.2f}"})
+        return found
 
     def _runs(self) -> list[dict[str, Any]]:
         """What stands in no table, by what became of it."""

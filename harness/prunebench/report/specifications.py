@@ -81,7 +81,7 @@ def axis_of(axis: Axis, title: str) -> dict[str, Any]:
 
 def named_axis(names: list[str], title: str = "") -> dict[str, Any]:
     """An axis of categories at 0, 1, 2 …"""
-    return {"tickvals": list(range(len(names))), "ticktext": names, "showgrid": False, "title": {"text": title}}
+    return {"tickvals": list(range(len(names))), "ticktext": names, "showgrid": False, "ticks": "", "title": {"text": title}}
 
 
 def layout_of(across: dict[str, Any], up: dict[str, Any], height: int) -> dict[str, Any]:

@@ -124,16 +124,15 @@
   }
 
   function fits(method) {
-    if (method === null) return true;
     const words = filters.elements.method.value.toLowerCase().split(/\s+/).filter(Boolean);
     const name = method.toLowerCase();
     return words.every((word) => name.includes(word));
   }
 
-  /** Whose a trace is; the lines that are nobody's fit every filter, and so do bars, which are many methods'. */
-  function methodOf(trace) {
-    if (trace.meta) return trace.meta.method;
-    return trace.type === "scatter" && trace.customdata ? told[trace.customdata[0][0]].method : null;
+  /** Whether the filter leaves a trace: one method's, or a line through several; bars are cut down elsewhere. */
+  function stays(trace) {
+    if (trace.meta) return (trace.meta.methods ?? [trace.meta.method]).every(fits);
+    return trace.type !== "scatter" || fits(told[trace.customdata[0][0]].method);
   }
 
   /** What is left of a figure under the filter of methods, in the theme's colours. */
@@ -161,15 +160,36 @@
       layout.yaxis.range = [kept.length - 0.5, -0.75];
       layout.height = 70 + (layout.height - 70) * (kept.length / spec.methods.length);
     }
-    if (spec.grid && width < 560) shorten(layout.yaxis, data[0]);
-    return { data: data.filter((trace) => fits(methodOf(trace))), layout };
+    if (spec.grid) label(spec.grid, data[0], layout, width);
+    return { data: data.filter(stays), layout };
   }
 
-  /** A heat map where there is little room. */
-  function shorten(axis, trace) {
-    axis.tickfont = { ...axis.tickfont, size: 9 };
-    axis.ticktext = axis.ticktext.map((name) => (name.length > 16 ? `…${name.slice(-15)}` : name));
-    trace.textfont = { size: 8 };
+  /** Writes the numbers of a heat map into its cells where there is room, in black or white, whichever is read better. */
+  function label(grid, trace, layout, width) {
+    if (width < 560) {
+      layout.yaxis.tickfont = { ...layout.yaxis.tickfont, size: 9 };
+      layout.yaxis.ticktext = layout.yaxis.ticktext.map((name) => (name.length > 16 ? `…${name.slice(-15)}` : name));
+    }
+    const columns = trace.x.length, flat = trace.z.flat().filter((z) => z !== null);
+    trace.showscale = columns > 16 || (width - 130) / columns < 34;
+    if (trace.showscale) return;
+    const [low, high] = [trace.zmin ?? Math.min(...flat), trace.zmax ?? Math.max(...flat)];
+    const text = (z) => (grid.square ? z.toFixed(2) : String(Number(z.toPrecision(3))));
+    layout.annotations = trace.z.flatMap((line, y) => line.flatMap((z, x) => z === null ? [] : [
+      { x, y, text: text(z), showarrow: false, font: { size: 11, color: isLight(trace.colorscale, (z - low) / (high - low || 1)) ? "#000" : "#fff" } },
+    ]));
+  }
+
+  /** Whether black is read better than white on a colour of a scale. */
+  function isLight(scale, place) {
+    const after = Math.max(1, scale.findIndex(([end]) => end >= place)), [from, to] = [scale[after - 1], scale[after]];
+    const share = (place - from[0]) / (to[0] - from[0]);
+    const linear = [1, 3, 5].map((at) => {
+      const [one, other] = [from[1], to[1]].map((colour) => parseInt(colour.slice(at, at + 2), 16) / 255);
+      const part = one + share * (other - one);
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179;
   }
 
   async function draw(chart) {
@@ -336,13 +356,14 @@
   }
 
   function filterHeats(is) {
+    const fitting = (part) => {
+      const record = records[part.dataset.runs.split(" ")[0]] ?? {};
+      return is("model", record.model) && is("machine", record.machine) && is("target", record.target);
+    };
+    for (const figure of all(".overlap")) figure.hidden = !fitting(figure);
     const choice = one("heat");
     if (!choice) return;
-    for (const option of choice.options) {
-      const record = records[option.dataset.runs.split(" ")[0]] ?? {};
-      const fitting = is("model", record.model) && is("machine", record.machine) && is("target", record.target);
-      option.hidden = option.disabled = !(fitting && fits(option.dataset.method));
-    }
+    for (const option of choice.options) option.hidden = option.disabled = !(fitting(option) && fits(option.dataset.method));
     for (const group of all("optgroup", choice)) group.hidden = [...group.children].every((option) => option.hidden);
     const left = [...choice.options].filter((option) => !option.hidden);
     one("heats").hidden = !left.length;

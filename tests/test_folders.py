@@ -432,8 +432,19 @@ def test_a_score_that_one_side_lacks_is_never_passed_over() -> None:
 def test_rows_that_read_alike_are_told_apart() -> None:
     recipe = Recipe(calibration=C4_TEXT, sampler="documents-v1", samples=64, length=512)
     records = [measured(losses(0)), measured(losses(0), spec=make_spec(recipe=recipe)), measured(losses(0), "gblm")]
-    notes = {change.label.recipe: change.notes for change in became(records, records).rows if change.label.method == "wanda"}
+    notes = {change.label.recipe: change.apart for change in became(records, records).rows if change.label.method == "wanda"}
     assert notes == {key: (f"recipe {key}",) for key in notes}
     assert len(notes) == 2
     [gblm] = [change for change in became(records, records).rows if change.label.method == "gblm"]
-    assert gblm.notes == ()
+    assert gblm.apart == ()
+
+
+def test_what_is_certain_and_small_counts_only_from_what_was_asked_on() -> None:
+    before, after = [measured(losses(0, noise=0.0))], [measured(losses(1, 0.002, noise=0.0001))]
+    assert outcomes(became(before, after)) == {"worsened": 1}
+    found = changes(Folder(before, own), Folder(after, own), least=0.3)
+    assert (only(found).outcome, only(found).notes) == ("within noise", ("beyond noise, and below 0.3",))
+    assert outcomes(changes(Folder(before, own), Folder(after, own), least=0.19)) == {"worsened": 1}, "0.2% of a perplexity"
+    few, many = [answered([1] * 60 + [0] * 140)], [answered([1] * 120 + [0] * 80)]
+    assert outcomes(changes(Folder(many, own), Folder(few, own), least=29.9)) == {"worsened": 1}, "30 points"
+    assert outcomes(changes(Folder(many, own), Folder(few, own), least=30.1)) == {"within noise": 1}

@@ -114,8 +114,9 @@ def _grid(*headings: str) -> Table:
 
 def _what(change: Change) -> list[str]:
     label = change.label
-    names = ", ".join(change.scores)
-    return [escape(label.model), escape(label.method), target_title(label.target), escape(names)]
+    name = change.scores[0] if len(change.scores) == 1 else f"{len(change.scores)} scores"
+    method, name = (text.replace(",", ", ") for text in (label.method, name))  # so that a narrow column can break it
+    return [escape(label.model), escape(method), escape(target_title(label.target)), escape(name)]
 
 
 def _value(change: Change, side: Side | None) -> str:
@@ -123,7 +124,8 @@ def _value(change: Change, side: Side | None) -> str:
 
 
 def _notes(change: Change) -> str:
-    return escape("; ".join(note if len(note) <= MOST_NOTE else f"{note[:MOST_NOTE]}…" for note in change.notes))
+    notes = (*change.notes, *change.apart)
+    return escape("; ".join(note if len(note) <= MOST_NOTE else f"{note[:MOST_NOTE]}…" for note in notes))
 
 
 def _rest(count: int, console: Console) -> None:

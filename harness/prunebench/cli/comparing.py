@@ -22,6 +22,9 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="B", help="Another's, or the folder as it is now.")],
     results: Results = Path("results"),
     costs: Annotated[bool, typer.Option("--costs", help="Of folders: slower or larger counts as worsened.")] = False,
+    least: Annotated[
+        float, typer.Option("--least", min=0, help="Of folders: per cent, of accuracies points, below which a change is none.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Of folders: everything, as JSON.")] = False,
 ) -> None:
     """Compare two rows of the board item by item, or two folders: what worsened, improved, vanished and appeared.
@@ -35,14 +38,14 @@ def compare(
         if not all(folders):
             other = second if folders[0] else first
             raise RequestError(f"{other!r} is no folder, and the other is: compare two folders, or two ids.")
-        _compare_folders(Path(first), Path(second), costs, as_json)
+        _compare_folders(Path(first), Path(second), costs, least, as_json)
         return
-    if costs or as_json:
-        raise RequestError(f"--costs and --json are for two folders, and neither {first!r} nor {second!r} is one.")
+    if costs or least or as_json:
+        raise RequestError(f"--costs, --least and --json are for two folders, and neither {first!r} nor {second!r} is one.")
     _compare_rows(first, second, results)
 
 
-def _compare_folders(before: Path, after: Path, costs: bool, as_json: bool) -> None:
+def _compare_folders(before: Path, after: Path, costs: bool, least: float, as_json: bool) -> None:
     from prunebench.results.folders import changes
     from prunebench.results.matching import Folder
     from prunebench.show_changes import print_changes
@@ -54,7 +57,7 @@ def _compare_folders(before: Path, after: Path, costs: bool, as_json: bool) -> N
         if not records:
             raise RequestError(f"the folder {path} holds no records: name a results folder, which has one folder a machine.")
         folders.append(Folder(records, store.items))
-    found = changes(*folders)
+    found = changes(folders[0], folders[1], least)
     if not any(change.before and change.after for change in found.rows):
         raise RequestError(
             f"{before} and {after} have no row in common that was measured under the same conditions: "
@@ -137,7 +140,8 @@ def _weights_of(model: str) -> str | None:
         return None
     from prunebench.toolkit.loading import identify, resolve_model
 
-    return identify(resolve_model(model, [Path()])).weights
+    # A pickle is hashed here, and not opened.
+    return identify(resolve_model(model, [Path()], allowed=frozenset({"pickle"}))).weights
 
 
 def _to_run(model: str, target: str) -> tuple[list[str], dict[str, str]]:

@@ -69,6 +69,8 @@ class Change:
     """The p-value after Holm's correction over all rows whose answers differ."""
     notes: tuple[str, ...] = ()
     """Why it cannot be told, how a run failed, and what else is not as it was: revisions, the machine, seeds."""
+    apart: tuple[str, ...] = ()
+    """What tells it from rows that read alike: weights, dtype or recipe."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def told_apart(changes: Sequence[Change]) -> list[Change]:
         others = alike[change.label.short]
         differing = [name for name in ("weights", "dtype", "recipe") if len({getattr(other, name) for other in others}) > 1]
         remarks = tuple(f"{name} {getattr(change.label, name)}" for name in differing)
-        found.append(replace(change, notes=(*change.notes, *remarks)))
+        found.append(replace(change, apart=remarks))
     return found
 
 

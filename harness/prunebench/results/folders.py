@@ -37,12 +37,20 @@ from prunebench.results.records import RunRecord
 from prunebench.results.rows import by_seed
 from prunebench.results.statistics import Difference
 
+MOST_EXPONENT = 700.0
+"""Of a logarithm whose exponential is a number."""
+
 ERROR = 0.05
 """The probability that anything at all is told to have changed where nothing did."""
 
 
-def changes(before: Folder, after: Folder) -> Changes:
+def changes(before: Folder, after: Folder, least: float = 0.0) -> Changes:
     """What became of each row, the worst first.
+
+    Args:
+        before: a folder's runs.
+        after: another's, or the same folder's later.
+        least: per cent of a value, or points of a share, below which a change counts as noise however certain it is.
 
     Whoever has nothing in common has only rows that vanished and rows that appeared.
     """
@@ -56,7 +64,7 @@ def changes(before: Folder, after: Folder) -> Changes:
                 continue
             found += _compared(first, second, (before.load, after.load))
             costs += _costs(first, second)
-    rows = sorted(told_apart(_corrected(found)), key=_order)
+    rows = sorted(told_apart(_corrected(found, least)), key=_order)
     return Changes((len(before.records), len(after.records)), tuple(rows), tuple(costs))
 
 
@@ -170,15 +178,30 @@ def _difference(
     return compared.new_items if compared.new_items.is_known else "too few items to tell"
 
 
-def _corrected(found: list[Change]) -> list[Change]:
+def _corrected(found: list[Change], least: float) -> list[Change]:
     """The outcomes of rows whose answers differ, after Holm's correction."""
     tested = [(index, change.difference) for index, change in enumerate(found) if change.difference is not None]
     adjusted = holm([difference.p_value for _, difference in tested])
     for (index, difference), p_value in zip(tested, adjusted, strict=True):
         better = (difference.estimate > 0) == found[index].higher_is_better
-        outcome: Outcome = "within noise" if p_value >= ERROR else "improved" if better else "worsened"
-        found[index] = replace(found[index], corrected=p_value, outcome=outcome)
+        certain = p_value < ERROR
+        counts = certain and _size(found[index]) >= least
+        outcome: Outcome = "within noise" if not counts else "improved" if better else "worsened"
+        notes = (f"beyond noise, and below {least:g}",) if certain and not counts else ()
+        found[index] = replace(found[index], corrected=p_value, outcome=outcome, notes=(*notes, *found[index].notes))
     return found
+
+
+def _size(change: Change) -> float:
+    """How large a difference is: of shares in points, else in per cent of the value before."""
+    assert change.difference is not None
+    size = abs(change.difference.estimate)
+    if change.is_ratio:
+        return 100 * math.expm1(min(size, MOST_EXPONENT))
+    if change.is_share:
+        return 100 * size
+    value = change.before.value if change.before is not None else None
+    return 100 * size / abs(value) if value else math.inf
 
 
 def _costs(first: RowRuns, second: RowRuns) -> Iterator[CostChange]:
@@ -240,7 +263,7 @@ def _missing(mine: Score, theirs: Score) -> Iterator[str]:
         return
     for said, one, other in (("vanished", mine, theirs), ("appeared", theirs, mine)):
         if seeds := _in_order(one.measured.keys() - other.measured.keys() - other.without.keys()):
-            yield f"seed {', '.join(map(str, seeds))} {said}"
+            yield f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} {said}"
 
 
 def _ending(record: RunRecord) -> str:

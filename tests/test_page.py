@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,20 @@ from pages import TRAINED, board_of, figures, many, page_of, run_of
 from plotly.offline import get_plotlyjs
 from support import Ran, make_record, make_spec
 
+from prunebench.report import page as page_module
 from prunebench.report.axes import value_axis
-from prunebench.report.charts import curves_chart, heat_chart, phases_chart, shown, tradeoff_chart
+from prunebench.report.charts import curves_chart, heat_chart, phases_chart, tradeoff_chart
 from prunebench.report.marks import Hollow
+from prunebench.report.matrices import OVERLAP
 from prunebench.report.page import as_json, to_html
 from prunebench.report.palette import COLOURS, INK, PHASES, Palette, family
-from prunebench.report.panels import Panels, rerun
+from prunebench.report.panels import MOST_FACTS, Panels, rerun
+from prunebench.report.specifications import rounded, shown
 from prunebench.report.wording import coded, sort_key
+from prunebench.results.board import build_board
 from prunebench.results.leaderboard import cells, columns, table_title
 from prunebench.results.records import EvalSpec, Failure, RunRecord
-from prunebench.results.store import ResultStore
+from prunebench.results.store import ResultStore, Stored
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 FOREIGN = {"circle", "rect", "path"}
@@ -349,11 +354,16 @@ def test_one_id_on_two_machines() -> None:
     assert ["trust", "checked"] in [list(fact) for fact in panels.groups[0]["facts"]]
 
 
-def test_what_is_in_no_table_is_listed(page: str) -> None:
+def test_what_is_in_no_table_is_listed() -> None:
     assert "out of memory in block 3" in page_of([run_of("gblm", "0.9", 0, status="failed", reason="out of memory in block 3")])
     refused = page_of([run_of("wanda", "0.9", 0, status="refused", reason="its widths are odd")])
     assert "Refused runs" in refused
     assert "its widths are odd" in refused
+    old = [run_of("wanda", "0.5", 0), run_of("dense", "dense", None)]
+    board = build_board([Stored(f"{record.id}.json", record) for record in old], {"wanda": 2})
+    outdated = to_html(board, old, figures(board, old))
+    assert "Outdated runs" in outdated
+    assert old[0].id in Reader(outdated).data["records"]
 
 
 @pytest.mark.parametrize(
@@ -510,6 +520,28 @@ def test_the_command_writes_the_page(tmp_path: Path, command: Callable[..., Ran]
     assert len(read.data["records"]) == 3
     assert ["trust", "reported"] in read.data["groups"][0]["facts"]
     assert [path.name for path in file.parent.iterdir()] == ["report.html"]
+
+
+def test_long_lists_are_cut_and_counted() -> None:
+    record = run_of("wanda", "0.5", 0)
+    step = record.steps[0].model_copy(update={"notes": {f"note {index}": "x" * 5000 for index in range(200)}})
+    [group] = [g for g in Panels.of([record.model_copy(update={"steps": [step]})]).groups if g["title"] == "Step: wanda"]
+    assert len(group["facts"]) == MOST_FACTS + 1
+    assert group["facts"][-1] == ["…", f"{200 + 4 - MOST_FACTS} more"]
+    assert group["facts"][50][1].endswith("… (5,000 characters)")
+
+
+def test_pairs_of_methods_find_room_or_are_counted(records: list[RunRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    board = board_of(records)
+    drawn = figures(board, records)
+    pair = replace(drawn.heats[0], what=OVERLAP, method="a / b")
+    heats = (*[pair] * 3, *drawn.heats[:2])
+    one = len(as_json(rounded(heat_chart(drawn.heats[0], lambda ids: [*ids]))))
+    monkeypatch.setattr(page_module, "MOST_HEATS", int(3.5 * one))
+    text = to_html(board, records, replace(drawn, heats=heats))
+    assert "2 more pairs of methods found no room on this page." in text
+    assert text.count(": sparsity %</option>") == 2
+    assert text.count(">a / b: overlap of removed weights</option>") == 1
 
 
 def test_titles_of_tables_lead_to_figures(records: list[RunRecord]) -> None:

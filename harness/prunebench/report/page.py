@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 from prunebench.plain import plain
 from prunebench.report.charts import Keys, curves_chart, heat_chart, overlap_chart, phases_chart, tradeoff_chart
 from prunebench.report.figures import Figures, SectionFigures
+from prunebench.report.matrices import OVERLAP
 from prunebench.report.palette import COLOURS, PHASES, Palette
 from prunebench.report.panels import Panels, of_no_table
 from prunebench.report.specifications import DEFAULTS, Chart, colour, rounded
@@ -43,6 +44,9 @@ from prunebench.results.board import Board, Section, Table
 from prunebench.results.leaderboard import cells, columns, section_notes, table_limits, table_title, target_title
 from prunebench.results.records import RunRecord
 from prunebench.results.rows import DENSE, Row
+
+MOST_HEATS = 1_000_000
+"""Characters for all heat maps: pairs of methods grow with the square of how many there are."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -193,20 +197,21 @@ class _Page:
             "cells": [{"text": t, "sort": sort_key(t) if n else None} for t, n in zip(texts, numeric, strict=True)],
         }
 
-    def _heats(self) -> list[dict[str, Any]]:
-        """Heat maps by model and target, as the choice on the page has them."""
+    def _heats(self) -> dict[str, Any]:
+        """Heat maps by model and target, as the choice on the page has them; what two methods have in common comes last, and
+        of that only what there is room for."""
         groups: dict[str, list[dict[str, Any]]] = {}
-        for figure in self._figures.heats:
-            chart = self._keep(heat_chart(figure, partial(self._panels.keys, machine=figure.machine)))
-            groups.setdefault(plain(figure.title), []).append(
-                {
-                    "chart": chart,
-                    "method": plain(figure.method),
-                    "what": figure.what,
-                    "keys": self._panels.keys(figure.ids[:1], figure.machine),
-                }
-            )
-        return [{"title": title, "figures": figures} for title, figures in groups.items()]
+        room, left_out = MOST_HEATS, 0
+        for figure in sorted(self._figures.heats, key=lambda figure: figure.what == OVERLAP):
+            chart = heat_chart(figure, partial(self._panels.keys, machine=figure.machine))
+            room -= len(as_json(rounded(chart)))
+            if room < 0:
+                left_out += 1
+                continue
+            keys = self._panels.keys(figure.ids[:1], figure.machine)
+            own = {"chart": self._keep(chart), "method": plain(figure.method), "what": figure.what, "keys": keys}
+            groups.setdefault(plain(figure.title), []).append(own)
+        return {"groups": [{"title": title, "figures": own} for title, own in groups.items()], "left_out": left_out}
 
     def _overlaps(self) -> list[dict[str, Any]]:
         found = []

@@ -21,8 +21,8 @@ from prunebench.results.records import RunRecord, ScoreRecord, StepRecord, canon
 MOST_CHARACTERS = 400
 """Of one fact; `prunebench show` has all of it."""
 
-MOST_FACTS = 60
-"""Of one group."""
+MOST_FACTS = 100
+"""Of one group; what is left out is counted."""
 
 Value = str | dict[str, list[tuple[str, float]]]
 Facts = list[tuple[str, Value]]
@@ -52,6 +52,8 @@ class Panels:
         times = Counter(record.id for record in found)
         for record in found:
             key = record.id if times[record.id] == 1 else f"{slug(record.machine)}/{record.id}"
+            while key in made.records:  # two machines whose names differ in what a link cannot hold
+                key += "~"
             made._keys[record.machine, record.id] = key
             made._first.setdefault(record.id, key)
             made.records[key] = made._entry(record, grade(record) if grade else None)
@@ -87,7 +89,8 @@ class Panels:
         }
 
     def _place(self, title: str, facts: Facts) -> int:
-        group = {"title": plain(title), "facts": [[plain(name), value] for name, value in facts[:MOST_FACTS]]}
+        more = [("…", f"{len(facts) - MOST_FACTS:,} more")] if len(facts) > MOST_FACTS else []
+        group = {"title": plain(title), "facts": [[plain(name), value] for name, value in [*facts[:MOST_FACTS], *more]]}
         place = self._places.setdefault(canonical_json(group), len(self.groups))
         if place == len(self.groups):
             self.groups.append(group)
@@ -142,6 +145,11 @@ def _result(record: RunRecord, grade: str | None) -> Facts:
         facts.append(("pruning", f"{record.prune_seconds:.2f} s{shared}"))
     if record.peak_bytes is not None:
         facts.append(("peak memory", size_text(record.peak_bytes)))
+    if record.masks is not None:
+        note = f" ({record.masks.note})" if record.masks.note else ""
+        facts.append(("masks kept", _text(f"{record.masks.file}, {size_text(record.masks.bytes)} in all{note}")))
+    if record.rescored_from is not None:
+        facts.append(("masks taken from", _text(record.rescored_from)))
     if grade is not None:
         facts.append(("trust", _text(grade)))
     return facts

@@ -55,7 +55,7 @@
   function sortBy(heading) {
     const table = heading.closest("table"), body = table.tBodies[0];
     const column = [...heading.parentNode.children].indexOf(heading);
-    const next = { none: "ascending", ascending: "descending", descending: "none" }[heading.ariaSort];
+    const next = { none: "ascending", ascending: "descending", descending: "none" }[heading.getAttribute("aria-sort")];
     all("thead th", table).forEach((each) => each.setAttribute("aria-sort", "none"));
     heading.setAttribute("aria-sort", next);
     const rows = [...body.rows];
@@ -473,7 +473,10 @@
     if (button?.classList.contains("sort")) sortBy(button.closest("th"));
     else if (button?.dataset.shows) {
       all("button", button.parentNode).forEach((each) => each.setAttribute("aria-pressed", String(each === button)));
-      all(".chart", button.closest("figure")).forEach((chart) => (chart.hidden = chart.dataset.chart !== button.dataset.shows));
+      for (const chart of all(".chart", button.closest("figure"))) {
+        chart.hidden = chart.dataset.chart !== button.dataset.shows;
+        chart.stale = true; // drawn anew when it is seen: the window may have changed while it was hidden
+      }
     } else if (button?.dataset.runs) openPanel(button.dataset.runs.split(" ").filter(Boolean));
     else if (row && !getSelection().toString()) openPanel(row.dataset.runs.split(" ").filter(Boolean));
   });

@@ -15,6 +15,8 @@ from prunebench.results.inspection import ABOUT, Examination
 MOST_SENTENCES = 100
 """Findings that are printed; `--json` has all."""
 
+MOST_CHARACTERS = 400
+
 MOST_MISSING = 8
 """Sentences of one kind that say what a bundle lacks."""
 
@@ -51,7 +53,9 @@ def print_examination(found: Examination, console: Console) -> None:
             )
     console.print(grid)
     for finding in sorted(found.findings, key=lambda finding: finding.level)[:MOST_SENTENCES]:
-        console.print(f"{'wrong' if finding.level == 'error' else 'odd'}: {escape(finding.sentence())}", soft_wrap=True)
+        console.print(
+            f"{'wrong' if finding.level == 'error' else 'odd'}: {escape(shorten(finding.sentence()))}", soft_wrap=True
+        )
     if len(found.findings) > MOST_SENTENCES:
         console.print(f"and {len(found.findings) - MOST_SENTENCES} more; --json has all of them.")
     reasons = Counter(sentence for sentences in found.unseen.values() for sentence in sentences)
@@ -79,6 +83,11 @@ def examination_json(found: Examination, seed: int | None) -> dict[str, Any]:
             for entry in found.entries
         ],
     }
+
+
+def shorten(sentence: str) -> str:
+    """As much of a sentence as somebody reads: a stranger's record may have any names."""
+    return sentence if len(sentence) <= MOST_CHARACTERS else f"{sentence[:MOST_CHARACTERS]}…"
 
 
 def _several(count: int, name: str) -> str:

@@ -25,6 +25,9 @@ from prunebench.toolkit.calibration import Tokens, calibration_tokens
 from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
 from prunebench.toolkit.texts import KNOWN, mirror
 
+MOST_TOKENS = 1 << 26
+"""Of a calibration set: more than any method was ever given."""
+
 _FILE = re.compile(r"[^\[\],=+]+\.(?:txt|npy|jsonl|yaml)(?=[\],+]|$)")
 """A file among the options of an evaluation."""
 
@@ -114,6 +117,8 @@ def find_calibration(record: RunRecord, model: Model, places: Sequence[Path]) ->
     """
     recipe, spec = record.spec.recipe, record.spec
     if recipe.calibration is None or recipe.samples is None or recipe.length is None:
+        return None
+    if recipe.samples * recipe.length > MOST_TOKENS:
         return None
     for name, folder in _texts(recipe.calibration, places):
         try:

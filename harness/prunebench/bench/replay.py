@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from prunebench.bench.at_hand import Model, OtherData, find_calibration, find_eval, folders
 from prunebench.bench.evaluation import DenseModel
-from prunebench.bench.machine import machine_slug
+from prunebench.bench.machine import available_cores, machine_slug
 from prunebench.bench.plan import Rescoring, RunRequest
 from prunebench.bench.replay_answers import Repeatable, differences, drawn
 from prunebench.bench.replay_block import CannotReplay, replay_block
 from prunebench.bench.rescoring import rescored
 from prunebench.bench.runner import Outcome, threads
 from prunebench.bench.specs import eval_facts
-from prunebench.errors import PrunebenchError, described
+from prunebench.errors import AuditError, StoreError, described
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.records import EvalSpec, ScoreRecord
 from prunebench.spec import EvalJob, JsonDict, Progress
@@ -35,6 +35,9 @@ from prunebench.toolkit.stream import evaluating
 
 ANSWERS, BLOCK = "replayed answers", "replayed block"
 """The names of the checks."""
+
+MOST_SEQUENCES = 64
+"""At a time, whatever a record says."""
 
 
 @dataclass
@@ -90,9 +93,11 @@ class Replay:
                     part(entry, model, request, draw, found)
                 except CannotReplay as reason:
                     found.left_out.append(str(reason))
-                except PrunebenchError as error:
-                    check, where = (ANSWERS, "masks.file") if part == self._answers else (BLOCK, "masks.file")
-                    found.findings.append(entry.finding(check, where, f"cannot be replayed: {error}"))
+                except (AuditError, StoreError) as error:  # what was kept is not what the record says
+                    check = ANSWERS if part == self._answers else BLOCK
+                    found.findings.append(entry.finding(check, "masks.file", f"cannot be replayed: {error}"))
+                except Exception as error:  # noqa: BLE001 - a stranger's record and a method may raise anything
+                    found.left_out.append(f"replaying it failed: {described(error)}.")
         return found
 
     def _request(self, entry: Entry, model: Model) -> RunRequest:
@@ -108,8 +113,8 @@ class Replay:
             suite=None,
             command="",
             device=self._device,
-            threads=record.provenance.threads if record.machine == machine_slug() else 0,
-            batch_size=max(1, record.provenance.batch_size),
+            threads=min(max(0, record.provenance.threads), available_cores()) if record.machine == machine_slug() else 0,
+            batch_size=min(max(1, record.provenance.batch_size), MOST_SEQUENCES),
             rescoring=Rescoring(record, str(entry.store.folder)) if record.masks else None,
         )
 
@@ -195,14 +200,8 @@ class Replay:
             if tokens is None:
                 raise CannotReplay("its calibration text is not at hand, so no block was pruned again.")
         arrays = {**request.tokens, "calibration": tokens.array if tokens else None}
-        try:
-            done, wrong = replay_block(
-                replace(request, tokens=arrays, rescoring=None), entry.record, masks, draw, self._progress
-            )
-        except (CannotReplay, PrunebenchError):
-            raise
-        except Exception as error:  # noqa: BLE001 - a method may raise anything
-            raise CannotReplay(f"the method failed when a block was pruned again: {described(error)}.") from None
+        again = replace(request, tokens=arrays, rescoring=None)
+        done, wrong = replay_block(again, entry.record, masks, draw, self._progress)
         found.findings += [entry.finding(BLOCK, "masks.file", said) for said in wrong]
         found.pruned = True
         if not wrong:

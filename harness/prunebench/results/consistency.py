@@ -188,7 +188,7 @@ def costs(entry: Entry) -> Iterator[Finding]:
     for name, score in record.scores.items():
         if score.seconds < 0:
             yield entry.finding("costs", f"scores.{name}.seconds", f"is {score.seconds} s")
-    reused = any(step.reused for step in record.steps) or getattr(record, "rescored_from", None)
+    reused = any(step.reused for step in record.steps) or record.rescored_from is not None
     parts = (0.0 if reused else record.prune_seconds) + sum(score.seconds for score in record.scores.values())
     if record.provenance.seconds + SLACK < parts:
         said_so = f"is {record.provenance.seconds}, and steps and evaluations take {parts:.3f} s"

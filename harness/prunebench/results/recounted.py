@@ -1,8 +1,8 @@
-"""Zeros counted again in the keep masks that a run left: matrix by matrix against the audit, N:M group by group."""
+"""Zeros counted again in the keep masks and weights that a run left: matrix by matrix against the audit, N:M group by group."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from prunebench.plain import plain
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.mask_files import MaskFile
 from prunebench.results.records import AuditRecord, MatrixAudit, RunRecord, canonical_json
+from prunebench.results.tensor_files import BYTES, Found, read_tensors
 from prunebench.targets import NM, Target, parse_target
 
 
@@ -26,14 +27,49 @@ def masks(entry: Entry) -> Iterator[Finding]:
         yield entry.finding("masks", "masks.hash", f"does not fit: {error}")
         return
     assert found is not None
-    yield from _manifest(entry, record, found)
+    yield from _manifest(entry, record, "masks.file", found.manifest)
     if record.audit is None:
         return
     yield from _matrices(entry, record.audit, found, parse_target(record.spec.target))
+    if record.masks.weights_file is not None:
+        yield from _weights(entry, record, record.audit, found)
 
 
-def _manifest(entry: Entry, record: RunRecord, found: MaskFile) -> Iterator[Finding]:
-    """Whose the masks are, as far as their file says it."""
+def _weights(entry: Entry, record: RunRecord, audit: AuditRecord, masks: MaskFile) -> Iterator[Finding]:
+    """The file of kept weights: its hash, whose it says it is, its zeros against the audit and against the masks."""
+    assert record.masks is not None
+    try:
+        path = entry.store.folder / str(record.masks.weights_file)
+        found, manifest = read_tensors(path, record.masks.weights_hash, "the file of kept weights")
+    except StoreError as error:
+        yield entry.finding("masks", "masks.weights_hash", f"does not fit: {error}")
+        return
+    yield from _manifest(entry, record, "masks.weights_file", manifest)
+    for matrix in audit.matrices:
+        tensor = found.get(f"{matrix.name}.weight")
+        keep = masks.keep(matrix.name) if masks.shapes.get(matrix.name) == tuple(matrix.shape) else None
+        if tensor is None or keep is None or tensor.shape not in (keep.shape, keep.shape[::-1]):
+            continue
+        is_zero = _zeros(tensor)
+        if tensor.shape != keep.shape:  # GPT-2 stores it the other way round
+            is_zero = is_zero.T
+        zeros, left = int(is_zero.sum()), int(np.count_nonzero(~keep & ~is_zero))
+        if zeros != matrix.zeros:
+            said = f"is {matrix.zeros}, and its kept weights have {zeros} zeros"
+            yield entry.finding("masks", f"audit.matrices.{matrix.name}.zeros", said)
+        if left:
+            said = f"has {left} entries of {matrix.name} that its mask removes and that are not zero"
+            yield entry.finding("masks", "masks.weights_file", said)
+
+
+def _zeros(tensor: Found) -> NDArray[np.bool_]:
+    """Where a tensor of numbers is zero, by its bits: all but the sign's are."""
+    bits = tensor.content.copy().view({2: np.uint16, 4: np.uint32, 8: np.uint64}[BYTES[tensor.dtype]])
+    return np.asarray((bits << 1) == 0).reshape(tensor.shape)
+
+
+def _manifest(entry: Entry, record: RunRecord, field: str, manifest: Mapping[str, str]) -> Iterator[Finding]:
+    """Whose the masks or weights are, as far as their file says it."""
     spec = record.spec
     mine = {
         "weights": spec.model.weights,
@@ -43,12 +79,10 @@ def _manifest(entry: Entry, record: RunRecord, found: MaskFile) -> Iterator[Find
         "recipe": canonical_json(spec.recipe.model_dump(mode="json")),
     }
     for key, value in mine.items():
-        said = found.manifest.get(key)
+        said = manifest.get(key)
         if said != value:
             theirs = "no word" if said is None else plain(said[:60])
-            yield entry.finding(
-                "masks", "masks.file", f"says {theirs} of its {key}, and the record's is {value[:60] or 'none'}"
-            )
+            yield entry.finding("masks", field, f"says {theirs} of its {key}, and the record's is {value[:60] or 'none'}")
 
 
 def _matrices(entry: Entry, audit: AuditRecord, found: MaskFile, target: Target) -> Iterator[Finding]:
@@ -82,6 +116,6 @@ def _overfull(keep: NDArray[np.bool_], target: NM) -> int:
     """Groups of M consecutive columns that keep more than N."""
     rows, columns = keep.shape
     if columns % target.of:
-        return rows
+        return int(rows)
     kept = keep.reshape(rows, columns // target.of, target.of).sum(axis=2)
     return int(np.count_nonzero(kept > target.keep))

@@ -29,14 +29,18 @@ from prunebench.report.palette import COLOURS, INK, PHASES, Palette, family
 from prunebench.report.panels import MOST_FACTS, Panels, rerun
 from prunebench.report.specifications import rounded, shown
 from prunebench.report.wording import coded, sort_key
+from prunebench.results.beside import HEADINGS, Beside
 from prunebench.results.board import build_board
 from prunebench.results.leaderboard import cells, columns, table_title
+from prunebench.results.published import load_published
 from prunebench.results.records import EvalSpec, Failure, RunRecord
 from prunebench.results.store import ResultStore, Stored
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 FOREIGN = {"circle", "rect", "path"}
 """Of SVG, which close themselves."""
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 MOST_BYTES = 6_000_000
 MOST_SECONDS = 20.0
@@ -386,6 +390,14 @@ def test_the_command_that_reruns_a_run(command: str, again: str | None) -> None:
     record = make_record(make_spec())
     made = record.provenance.model_copy(update={"command": command})
     assert rerun(record.model_copy(update={"provenance": made})) == again
+
+
+def test_published_numbers_stand_beside_ours() -> None:
+    number = next(one for one in load_published(PUBLISHED) if one.comparable)
+    placed = [Beside(number, "off", ours=number.value + 1, seeds=3), Beside(number, "not run")]
+    read = Reader(page_of([], placed))
+    assert read.tables == [[[*HEADINGS], list(placed[0].cells())]]
+    assert "reproduced 0, off 1, not run 1" in "".join(read.text)
 
 
 # Figures

@@ -96,6 +96,7 @@
 
   // Figures
 
+  const NARROW = 560; // pixels of a figure on a phone
   const style = getComputedStyle(document.documentElement);
 
   /** A specification with the theme's colours in the place of their names. */
@@ -161,12 +162,13 @@
       layout.height = 70 + (layout.height - 70) * (kept.length / spec.methods.length);
     }
     if (spec.grid) label(spec.grid, data[0], layout, width);
+    if (width < NARROW) for (const { marker } of data.filter((trace) => trace.type === "scatter")) marker.size = 8;
     return { data: data.filter(stays), layout };
   }
 
   /** Writes the numbers of a heat map into its cells where there is room, in black or white, whichever is read better. */
   function label(grid, trace, layout, width) {
-    if (width < 560) {
+    if (width < NARROW) {
       layout.yaxis.tickfont = { ...layout.yaxis.tickfont, size: 9 };
       layout.yaxis.ticktext = layout.yaxis.ticktext.map((name) => (name.length > 16 ? `…${name.slice(-15)}` : name));
     }

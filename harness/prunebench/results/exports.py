@@ -29,9 +29,9 @@ class _Frozen(BaseModel):
 class ExportedDifference(_Frozen):
     """A row against the dense model, item by item."""
 
-    estimate: float | None
+    estimate: float | None = Field(description="this row minus dense")
     low: float | None = Field(description="of the 95% interval; null where answers cannot be compared one by one")
-    high: float | None
+    high: float | None = Field(description="likewise")
     unit: str = Field(description="`share of dense` (0.2 is 20% more), or the section's unit")
 
 
@@ -48,10 +48,10 @@ class ExportedRow(_Frozen):
     rank_low: int | None = Field(description="1 + how many are significantly better, by Holm; null without tests")
     rank_high: int | None = Field(description="how many rows there are less those that are significantly worse")
     best: bool | None = Field(description="nobody is significantly better")
-    difference: ExportedDifference | None
+    difference: ExportedDifference | None = Field(description="null for the dense model itself, and without one")
     control: float | None = Field(description="value of the dense model after the same training")
     right_to_wrong: float | None = Field(description="share of the questions that the dense model answers and this does not")
-    wrong_to_right: float | None
+    wrong_to_right: float | None = Field(description="share of the questions that this answers and the dense model does not")
     guesses: list[str] = Field(description="tasks whose accuracy cannot be told from guessing; the empty name is their mean")
     below_chance: list[str] = Field(description="tasks in which it is significantly worse than guessing")
     parts: dict[str, float | None] = Field(description="further numbers, means over seeds")
@@ -61,7 +61,7 @@ class ExportedRow(_Frozen):
     sparsity_prunable: float = Field(description="share of zeros in the prunable weights")
     sparsity_total: float = Field(description="the same zeros over all parameters")
     coverage: float = Field(description="share of the blocks' parameters that are in matrices the method pruned")
-    extra_parameters: int
+    extra_parameters: int = Field(description="that the method added")
     ids: list[str] = Field(description="of the runs, one a seed")
     trust: Grade = Field(description="how far its least trusted run was looked at again: reported, checked or replayed")
 
@@ -71,58 +71,58 @@ class ExportedTable(_Frozen):
 
     target: str = Field(description="share of zeros, `keep:of`, or `dense`")
     training: str | None = Field(description="the text that rows were trained on; null where none was")
-    training_tokens: int | None
+    training_tokens: int | None = Field(description="how many of it")
     limits: str | None = Field(description="what the table can and cannot show")
     detectable: float | None = Field(
         description="smallest true difference that had an 80% chance to show; of perplexities of their logarithms"
     )
-    rows: list[ExportedRow]
+    rows: list[ExportedRow] = Field(description="dense on top, then the best mean first")
 
 
 class ExportedSection(_Frozen):
     """Tables of one set of conditions, recipe and machine."""
 
-    title: str
-    machine: str
-    model: str
-    evaluation: str
-    data: str
-    unit: str
-    higher_is_better: bool
-    conditions: dict[str, JsonValue]
-    conditions_fingerprint: str
+    title: str = Field(description="model, evaluation and data in a line")
+    machine: str = Field(description="hardware the runs were on")
+    model: str = Field(description="what the model is called")
+    evaluation: str = Field(description="`perplexity`, `zero_shot`, ...")
+    data: str = Field(description="the data set, or the tasks")
+    unit: str = Field(description="of values; `accuracy` is a share")
+    higher_is_better: bool = Field(description="of values")
+    conditions: dict[str, JsonValue] = Field(description="all that makes two values comparable")
+    conditions_fingerprint: str = Field(description="of these; values of another may not be compared")
     recipe: dict[str, JsonValue] | None = Field(description="calibration of the rows that used data")
-    recipe_fingerprint: str | None
+    recipe_fingerprint: str | None = Field(description="of that")
     dense: float | None = Field(description="the dense model's value")
     silence: str | None = Field(description="why the page shows no tables of it: the dense model cannot do what is asked")
     tuning: bool = Field(description="whether every row is of a suite by which options of others were chosen")
     commands: list[str] = Field(description="that measure the rows again")
     unread: list[str] = Field(description="raw answers that could not be read")
-    tables: list[ExportedTable]
+    tables: list[ExportedTable] = Field(description="one a target and training")
 
 
 class ExportedRun(_Frozen):
     """A run that stands in no table."""
 
-    id: str
-    machine: str
-    model: str
-    method: str
-    target: str
-    seed: int | None
-    reason: str
+    id: str = Field(description="of the record")
+    machine: str = Field(description="hardware it was on")
+    model: str = Field(description="what the model is called")
+    method: str = Field(description="steps with options")
+    target: str = Field(description="share of zeros, `keep:of`, or `dense`")
+    seed: int | None = Field(description="null where a method uses neither data nor randomness")
+    reason: str = Field(description="why it is in no table")
 
 
 class ExportedNumber(_Frozen):
     """A number that a paper prints, and what our records say to it."""
 
-    paper: str
-    table: str
-    model: str
-    method: str
-    target: str
+    paper: str = Field(description="its name")
+    table: str = Field(description="where it stands")
+    model: str = Field(description="on the Hub, or as printed")
+    method: str = Field(description="as prunebench spells it, or as printed")
+    target: str = Field(description="share of zeros, or `keep:of`")
     what: str = Field(description="the task, or the metric")
-    printed: str
+    printed: str = Field(description="as it stands there")
     value: float | None = Field(description="perplexity, or accuracy in per cent; null where the paper has no number")
     ours: float | None = Field(description="in the same unit, mean over seeds")
     seeds: int = Field(description="how many of ours")
@@ -133,12 +133,12 @@ class ExportedNumber(_Frozen):
 class ExportedBoard(_Frozen):
     """The whole board."""
 
-    schema_: int = Field(default=EXPORT_SCHEMA, alias="schema")
-    sections: list[ExportedSection]
-    refused: list[ExportedRun]
-    failed: list[ExportedRun]
+    schema_: int = Field(default=EXPORT_SCHEMA, alias="schema", description="the format of this file")
+    sections: list[ExportedSection] = Field(description="by machine and model, what people look for first")
+    refused: list[ExportedRun] = Field(description="with the reason of the method")
+    failed: list[ExportedRun] = Field(description="with what went wrong")
     outdated: list[ExportedRun] = Field(description="measured with another revision of the method or of an evaluation")
-    published: list[ExportedNumber]
+    published: list[ExportedNumber] = Field(description="what papers print")
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 

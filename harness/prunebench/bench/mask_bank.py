@@ -8,7 +8,7 @@ matrices, and the factors of adapters.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -63,15 +63,14 @@ class Bank:
         beside = [text for flag, text in _BESIDE.items() if changes & flag]
         if not beside:
             return kept
+        if not self._keeping.weights:
+            return kept.model_copy(update={"note": _lacking(beside, "it was not asked for with --keep-weights")})
         try:
-            if not self._keeping.weights:
-                raise WriteError("it was not asked for with --keep-weights")
             path, digest = write_tensors(folder, *self._weights(changes), self._prefix)
             size = kept.bytes + path.stat().st_size
             return kept.model_copy(update={"weights_file": f"{MASKS}/{path.name}", "weights_hash": digest, "bytes": size})
         except (WriteError, OSError) as error:
-            said = f"the method changes more than its masks say ({', '.join(beside)}), and that was not kept: "
-            return kept.model_copy(update={"note": said + portable(str(error))})
+            return kept.model_copy(update={"note": _lacking(beside, portable(str(error)))})
 
     def _weights(self, changes: Changes) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that the run changed, whole and in the run's dtype, and the factors of its adapters."""
@@ -144,6 +143,11 @@ def manifest(spec: RunSpec) -> dict[str, str]:
 def factor(number: int, half: str) -> str:
     """What a factor of an adapter is called in the file."""
     return f"adapter {number} {half}"
+
+
+def _lacking(beside: Sequence[str], reason: str) -> str:
+    """Why masks alone are not enough."""
+    return f"the method changes more than its masks say ({', '.join(beside)}), and that was not kept: {reason.rstrip('.')}"
 
 
 def _as_written(name: str, tensor: torch.Tensor) -> Tensor:

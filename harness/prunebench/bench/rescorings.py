@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,18 +49,19 @@ class Rescorer:
     _models: dict[tuple[str, str | None], tuple[ModelSource, ModelIdentity]] = field(default_factory=dict)
     _specs: dict[tuple[str, str, bool], tuple[EvalSpec, ...]] = field(default_factory=dict)
 
-    def plan(self, records: Sequence[RunRecord], again: bool) -> Plan:
+    def plan(self, records: Sequence[RunRecord], everything: Iterable[RunRecord], again: bool) -> Plan:
         """The runs that measure what is missing, the dense model's first where it is missing too.
 
         Args:
             records: the runs to score again.
+            everything: all records, which say what is there.
             again: measure also what is there.
 
         Raises:
             RequestError: an evaluation that cannot be built.
         """
         asked = [AskedEval(text, self.registry.eval(parse_step(text))) for text in self.evals]
-        everything = [stored.record for stored in self.store.all()]
+        known = _known(everything, self.machine)
         dense: dict[str, RunRequest] = {}
         found: dict[str, RunRequest] = {}
         left_out, done = [], 0
@@ -70,15 +71,13 @@ class Rescorer:
             except RequestError as error:
                 left_out.append((record, str(error).rstrip(".")))
                 continue
-            known = () if again else _known(record.spec, everything, self.machine)
-            wanted = _only(request, known)
+            wanted = _only(request, {} if again else known)
             done += wanted is None
             if wanted is not None:
                 found.setdefault(wanted.spec.id, wanted)
-            control = self._dense(request)
-            control_wanted = _only(control, _known(control.spec, everything, self.machine))
-            if control_wanted is not None:
-                dense.setdefault(control_wanted.spec.id, control_wanted)
+            control = _only(self._dense(request), known)
+            if control is not None:
+                dense.setdefault(control.spec.id, control)
         return Plan((*dense.values(), *found.values()), done, tuple(left_out))
 
     def _request(self, record: RunRecord, asked: Sequence[AskedEval]) -> RunRequest:
@@ -204,24 +203,27 @@ def _check_text(spec: RunSpec, evals: Sequence[EvalSpec]) -> None:
             raise DataError(f"{text.label()} was its {purpose} text, and would be its evaluation's")
 
 
-def _known(spec: RunSpec, records: Iterable[RunRecord], machine: str) -> frozenset[str]:
-    """Fingerprints of the conditions under which a machine has measured this run, whatever else it measured."""
-    bare = spec.model_copy(update={"evals": ()}).id
-    return frozenset(
-        fingerprint(score.conditions)
-        for record in records
-        if record.status == "ok" and record.machine == machine
-        if record.spec.model_copy(update={"evals": ()}).id == bare
-        for score in record.scores.values()
-    )
+def _known(records: Iterable[RunRecord], machine: str) -> dict[str, set[str]]:
+    """Under which conditions a machine has measured each run, as fingerprints; runs whatever else was measured."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        if record.status == "ok" and record.machine == machine:
+            found.setdefault(_bare(record.spec), set()).update(fingerprint(s.conditions) for s in record.scores.values())
+    return found
 
 
-def _only(request: RunRequest, known: Collection[str]) -> RunRequest | None:
+def _bare(spec: RunSpec) -> str:
+    """The id of a run without its evaluations."""
+    return spec.model_copy(update={"evals": ()}).id
+
+
+def _only(request: RunRequest, known: Mapping[str, Collection[str]]) -> RunRequest | None:
     """The run with those evaluations that were not measured yet; None where all were."""
+    there = known.get(_bare(request.spec), ())
     left = [
         (spec, text)
         for spec, text in zip(request.spec.evals, request.eval_texts, strict=True)
-        if fingerprint(spec.conditions) not in known
+        if fingerprint(spec.conditions) not in there
     ]
     if not left:
         return None

@@ -57,7 +57,8 @@ def rescore(
     rescorer = Rescorer(
         store, load_registry(), tuple(evals), name, command_line(), pick_device(device), model, batch_size, allowed
     )
-    plan = rescorer.plan(chosen(store.all(), ids or (), name), again)
+    stored = store.all()
+    plan = rescorer.plan(chosen(stored, ids or (), name), [item.record for item in stored], again)
     if plan.left_out and not everything:
         record, reason = plan.left_out[0]
         raise RequestError(f"the run {record.id} cannot be scored again: {reason}.")

@@ -16,8 +16,8 @@ from prunebench.results.board import Board
 from prunebench.results.exports import ExportedRow, ExportedSection, ExportedTable, exported
 from prunebench.results.records import canonical_json
 
-_ACTIVE = ("=", "+", "-", "@", "'", "\t", "\r", "\n", " ")
-"""How a text begins that a spreadsheet may take for a formula, and our mark of one that does."""
+_ACTIVE = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'", "\t", "\r", "\n", " ")
+"""How a text begins that a spreadsheet may take for a formula, some in full width too, and our mark of one that does."""
 
 COLUMNS: Mapping[str, str] = {
     "machine": "hardware the run was on",

@@ -193,6 +193,8 @@ def test_the_revision_of_an_evaluation_is_told() -> None:
     for after in ([new], [new, old], [old, new]):
         change = only(became([old], after))
         assert (change.outcome, change.notes) == ("worsened", ("evaluation revision 1 → 2",))
+    later = measured(losses(0), started="2026-02-02T00:00:00+00:00")
+    assert only(became([old], [new, later])).outcome == "worsened", "the highest revision counts, whenever it was run"
 
 
 @pytest.mark.parametrize(

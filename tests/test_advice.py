@@ -291,6 +291,20 @@ def test_runs_without_a_score_are_told_and_outdated_ones_counted() -> None:
     assert found.missing(["sparsegpt", "gblm"]) == ["gblm"]
 
 
+def test_a_suite_by_which_options_were_chosen_is_no_evidence() -> None:
+    """Also where those who were tuned were measured at another target."""
+    validation = {**CONDITIONS, "split": "validation"}
+    means = [
+        measured(method, above, spec=make_spec(method, "0.5", 0, conditions=validation), suite="tuning")
+        for method, above in (("gblm", 0.1), ("wanda", 0.2))
+    ]
+    elsewhere = measured("wanda", 0.3, spec=make_spec("wanda", "0.6", 0))
+    tuned = elsewhere.model_copy(update={"provenance": elsewhere.provenance.model_copy(update={"tuned": "tuning"})})
+    assert len(asked([*table(), *means, elsewhere]).evidence) == 2
+    [evidence] = asked([*table(), *means, tuned]).evidence
+    assert evidence.section.conditions["split"] == "test"
+
+
 def test_nothing_is_said_of_what_the_dense_model_cannot_do() -> None:
     def share(made: RunRecord) -> RunRecord:
         conditions = {**CONDITIONS, "least_of_dense": 1e9}

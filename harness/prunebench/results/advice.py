@@ -38,6 +38,8 @@ class Question:
     """The hash of the model's weights, where it is at hand; then its name does not matter."""
     limits: Limits = Limits()
     machine: str | None = None
+    tuning: frozenset[str] = frozenset()
+    """Suites by which options were chosen: a means, and no evidence."""
 
     def is_about(self, record: RunRecord) -> bool:
         """Whether a run is of this model."""
@@ -131,6 +133,8 @@ def advise(question: Question, stored: Sequence[Stored], revisions: Mapping[str,
         revisions: the present ones, as `build_board` takes them.
         load: gives raw answers.
     """
+    tuned = {one.record.provenance.tuned for one in stored}
+    question = replace(question, tuning=frozenset(suite for suite in tuned if suite is not None))
     about = [one for one in stored if question.is_about(one.record)]
     here = [one for one in about if question.machine in (None, one.record.machine)]
     evidence, without, outdated = _weighed(question, here, revisions, load)
@@ -167,7 +171,7 @@ def to_json(advice: Advice, missing: Sequence[str]) -> dict[str, Any]:
         missing: methods of which nothing is known, `Advice.missing`.
     """
     return {
-        **{name: value for name, value in vars(advice.question).items() if name != "limits"},
+        **{name: value for name, value in vars(advice.question).items() if name not in ("limits", "tuning")},
         **vars(advice.question.limits),
         "evidence": [_plain(one) for one in advice.evidence],
         "without_scores": [
@@ -237,7 +241,7 @@ def _weighed(
         by_id = {(one.record.machine, one.record.id): one.record for one in mine}
         board = build_board(mine, revisions, load)
         for section in board.sections:
-            if not section.is_tuning and section.silence is None:
+            if section.silence is None:
                 evidence += _of_section(section, by_id, question, weights)
         without += [record for record in (*board.failed, *board.refused) if question.is_at(record)]
         outdated += sum(question.is_at(record) for record in board.outdated)
@@ -247,6 +251,11 @@ def _weighed(
 def _of_section(
     section: Section, by_id: Mapping[tuple[str, str], RunRecord], question: Question, weights: str
 ) -> Iterator[Evidence]:
+    suites = {
+        by_id[section.machine, run_id].provenance.suite for table in section.tables for row in table.rows for run_id in row.ids
+    }
+    if suites <= question.tuning:
+        return
     for table in section.tables:
         records = {row.ids: by_id[section.machine, row.ids[0]] for row in table.rows}
         rows = [row for row in table.rows if records[row.ids].spec.target != DENSE and not math.isnan(row.mean)]

@@ -10,7 +10,7 @@ MACHINE_OPTION := $(if $(MACHINE),--machine $(MACHINE),)
 
 leaderboard: $(STAMP)
 	$(BIN)/prunebench run quickstart $(MACHINE_OPTION)
-	$(BIN)/prunebench report --out leaderboard.md
+	$(BIN)/prunebench report --out leaderboard.md --covers results
 	$(BIN)/prunebench report --only evaluation.txt --picture results/board.svg >/dev/null
 
 test: $(STAMP)

@@ -62,6 +62,39 @@ def methods_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def files_page() -> str:
+    """What stands in the files that `report` and `export` write."""
+    from prunebench.results import dataset, exports, sheet
+
+    parts = [
+        "# Files of the board and of the records",
+        "Numbers are raw: shares and not per cent, seconds, bytes, nothing rounded. Equal records give equal bytes, and "
+        "`report --only` applies to all of the board's files.",
+        "## CSV",
+        "`prunebench report --csv FILE`: a line a row, all sections. A text that begins with `=`, `+`, `-`, `@`, `'` or white "
+        "space has an apostrophe in front, so that no spreadsheet computes it; a program removes one.",
+        *_table(("column", "meaning"), [(_code(name), _plain(meaning)) for name, meaning in sheet.COLUMNS.items()]),
+        "## LaTeX",
+        "`prunebench report --latex FILE`: tables that need `booktabs` and nothing else. Bold: nobody is significantly better "
+        "at that target, by paired tests with Holm's correction; a dagger marks those of them that have not the best mean.",
+        "## JSON",
+        f"`prunebench report --json FILE`: the whole board, schema {exports.EXPORT_SCHEMA}; "
+        "`prunebench.results.exports.ExportedBoard.model_json_schema()` gives it as JSON Schema.",
+    ]
+    schema = exports.ExportedBoard.model_json_schema()
+    for name, about in {"Board": schema, **schema["$defs"]}.items():
+        fields = [(_code(field), _plain(fact["description"])) for field, fact in about.get("properties", {}).items()]
+        if fields:
+            title = name.removeprefix("Exported")
+            parts += [f"### {title}", _plain(about["description"]), *_table(("field", "meaning"), fields)]
+    parts.append("## Data set")
+    parts.append("`prunebench export DIR`: Parquet files that `datasets.load_dataset(DIR, NAME)` reads, with a card.")
+    for name, columns in dataset.TABLES.items():
+        rows = [(_code(column.name), column.type, _plain(column.unit), _plain(column.meaning)) for column in columns]
+        parts += [f"### `{name}`", *_table(("column", "type", "unit", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
 def map_page() -> str:
     """The map of the library."""
     return (ROOT / "harness" / "README.md").read_text(encoding="utf-8")
@@ -77,6 +110,7 @@ def decisions_page() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "reference/commands.md": commands_page,
     "reference/methods.md": methods_page,
+    "reference/files.md": files_page,
     "explanation/map.md": map_page,
     "explanation/decisions.md": decisions_page,
 }

@@ -64,18 +64,19 @@ LAYERS = {
     "contract": Layer(frozenset(), frozenset({"pluggy"}), frozenset({"torch", "transformers"})),
     "toolkit": Layer(frozenset({"contract", "shipped"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
     "plugins": Layer(frozenset({"contract"}), frozenset({"pluggy", "pydantic"})),
-    "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic"})),
+    "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic", "safetensors"})),
     "children": Layer(frozenset(), frozenset()),
     "shipped": Layer(frozenset(), frozenset()),
     "bench": Layer(frozenset({"package", "contract", "toolkit", "plugins", "results", "children", "shipped"}), None),
     "testing": Layer(frozenset({"contract", "toolkit", "plugins", "shipped"}), frozenset(TENSORS | {"pytest"})),
     "scaffold": Layer(frozenset({"contract", "plugins"}), frozenset()),
     "checking": Layer(frozenset({"contract", "plugins", "children", "testing"}), frozenset()),
+    "report": Layer(frozenset({"contract", "results"}), frozenset(TABLES | {"jinja2", "plotly"})),
     "show": Layer(frozenset({"contract", "results"}), frozenset({"rich"})),
     "cli": Layer(
         frozenset(
             {"package", "contract", "toolkit", "plugins", "results", "children", "bench"}
-            | {"testing", "checking", "scaffold", "show"}
+            | {"testing", "checking", "scaffold", "report", "show"}
         ),
         None,
     ),
@@ -95,6 +96,8 @@ def layer_of(module: str) -> str:
         return "package"
     if rest[0] in CONTRACT:
         return "contract"
+    if rest[0].startswith("show_"):
+        return "show"
     return "plugins" if rest[0] in {"options", "answers"} else rest[0]
 
 

@@ -29,7 +29,7 @@ from prunebench.targets import parse_target
 from prunebench.toolkit import keep_mask, magnitude_scores, walk
 
 Command = Callable[..., Ran]
-COMMANDS = ("list", "run", "show", "report", "prune", "eval")
+COMMANDS = ("list", "run", "show", "report", "export", "prune", "eval")
 
 
 @dataclass
@@ -185,6 +185,10 @@ WRONG = {
     "results is a file": ("run small.toml --results file", "the results folder file cannot be written"),
     "board under a file": ("report --results . --out file/board.md", "file/board.md cannot be written"),
     "board of no folder": ("report --results nosuch --out board.md", "there is no folder nosuch, so there are no records"),
+    "export of no folder": ("export out --results nosuch", "there is no folder nosuch, so there are no records to export."),
+    "export over other things": ("export full --results .", "the folder full holds other things, for example"),
+    "export to a file": ("export file --results .", "file is no folder."),
+    "export of nothing": ("export out --results full", "there are no records, and so no data set."),
     "time limit of this process": (
         "run small.toml --executor inline --timeout 9",
         "--timeout needs --executor subprocess: nothing can stop",
@@ -525,6 +529,20 @@ def test_report_of_one_section_and_as_a_picture(done: list[RunRecord], command: 
     assert picture.startswith("<svg")
     assert "magnitude" in picture
     assert "url(http" not in picture
+
+
+def test_the_board_and_the_records_for_other_programs(done: list[RunRecord], command: Command) -> None:
+    ran = command("report", "--csv", "board.csv", "--latex", "board.tex", "--json", "board.json", "--only", "evaluation.txt")
+    assert (ran.code, ran.err) == (0, "")
+    methods = {record.spec.method for record in done}
+    assert {line.split(",")[1] for line in Path("board.csv").read_text().splitlines()} == {"model", "tiny"}
+    rows = [row for table in json.loads(Path("board.json").read_text())["sections"][0]["tables"] for row in table["rows"]]
+    assert {row["method"] for row in rows} == methods
+    assert "\\toprule" in Path("board.tex").read_text()
+    ran = command("export", "set")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"rows: runs {len(done)}, " in ran.out
+    assert {path.name for path in Path("set").iterdir()} == {"README.md", "runs.parquet", "scores.parquet", "matrices.parquet"}
 
 
 def test_report_without_records(command: Command) -> None:

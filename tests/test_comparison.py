@@ -212,6 +212,20 @@ def test_accuracies_that_guessing_reaches_are_marked() -> None:
     assert row(answers("dense", None, mixed, choices=4)).guesses == frozenset()
 
 
+def test_accuracies_below_guessing_are_marked() -> None:
+    """A pruned model that prefers the wrong answer is no guesser, and no better for it."""
+    wrong = [1] * 120 + [0] * 280
+    found = row(answers("wanda", 0, wrong))
+    assert (found.guesses, found.below_chance) == (frozenset(), {"", "long", "short"})
+    known = [1] * 360 + [0] * 40
+    mixed = row(answers("wanda", 0, [1] * 290 + [0] * 10 + [0] * 80 + [1] * 20))
+    assert (mixed.guesses, mixed.below_chance) == (frozenset(), {"short"})
+    assert row(answers("dense", None, known)).below_chance == frozenset()
+    text = to_markdown(board(answers("dense", None, known), answers("wanda", 0, wrong)))
+    assert " 20.00 ↓ |" in text
+    assert "≈ |" not in text
+
+
 def test_a_set_without_a_mean_shows_its_tasks_and_no_ranks() -> None:
     runs = [answers(name, 0, [1] * half + [0] * (80 - half), value=None) for name, half in (("wanda", 60), ("random", 20))]
     found = board(*runs)

@@ -31,6 +31,9 @@ from prunebench import spec, testing
 from prunebench.bench.suite import Suite, load_suite, shipped_suites
 from prunebench.cli import program
 from prunebench.plugins import load_registry
+from prunebench.results.dataset import TABLES
+from prunebench.results.exports import ExportedBoard
+from prunebench.results.sheet import COLUMNS
 from prunebench.targets import NM
 from prunebench.testing import check_pruner
 
@@ -212,7 +215,7 @@ class Place:
         more = []
         if words[0] == "run" and words[1] in shipped_suites() and "--dry-run" not in words:
             more = ["--dry-run"]
-        elif words[0] == "run":
+        elif words[0] in ("run", "rescore"):
             more = ["--executor", "inline"]
         elif words[0] == "check" and "--json" not in words:
             # A process of its own: this one's fork server may have loaded the plugins before this one was there.
@@ -427,6 +430,15 @@ def test_the_methods_page_has_every_method_and_no_strangers() -> None:
     registry = load_registry()
     ours = [name for name, entry in [*registry.pruners.items(), *registry.evals.items()] if entry.distribution == "prunebench"]
     assert sorted(re.findall(r"^### (\S+)$", page, re.MULTILINE)) == sorted(ours)
+
+
+def test_the_files_page_has_every_column_and_field() -> None:
+    page = made_pages()["reference/files.md"]()
+    schema = ExportedBoard.model_json_schema()
+    fields = [field for about in (schema, *schema["$defs"].values()) for field in about.get("properties", {})]
+    columns = [column.name for table in TABLES.values() for column in table]
+    for name in (*COLUMNS, *fields, *columns):
+        assert f"| <code>{name}</code> | " in page, name
 
 
 def test_the_contracts_page_has_every_public_name() -> None:

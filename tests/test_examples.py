@@ -30,14 +30,17 @@ FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/pyproject.toml"))
 sys.path.extend(map(str, FOLDERS))
 
 MODULES = [import_module(folder.name.replace("-", "_")) for folder in FOLDERS]
-PRUNERS: list[type[Pruner]] = [cls for module in MODULES for cls in module.prunebench_pruners()]
+PRUNERS: list[type[Pruner]] = [
+    cls for module in MODULES if hasattr(module, "prunebench_pruners") for cls in module.prunebench_pruners()
+]
 DSNOT: Any = next(cls for cls in PRUNERS if cls.name == "dsnot")
 QUICK = ["target_met", "declared_changes", "nothing_left", "streaming", "pruned_prefix", "nested", "refuses_first"]
 DOOR = {"prunebench.spec", "prunebench.targets", "prunebench.toolkit", "prunebench.testing"}
 
 
-def test_there_are_three() -> None:
-    assert [folder.name for folder in FOLDERS] == ["prunebench-llmcompressor", "prunebench-ria", "prunebench-torch-prune"]
+def test_there_are_four() -> None:
+    names = ["prunebench-llmcompressor", "prunebench-mlflow", "prunebench-ria", "prunebench-torch-prune"]
+    assert [folder.name for folder in FOLDERS] == names
     assert [cls.name for cls in PRUNERS] == ["llmc-wanda", "llmc-sparsegpt", "ria", "dsnot", "torch-l1"]
 
 

@@ -19,7 +19,7 @@ from support import Bench, cases, install_plugin, python_path, run_command, star
 
 from prunebench.bench import subprocesses as subprocesses_module
 from prunebench.bench.executors import Executor, InlineExecutor, make_executor
-from prunebench.bench.plan import RunRequest
+from prunebench.bench.plan import Keeping, RunRequest
 from prunebench.bench.subprocesses import SubprocessExecutor, leases
 from prunebench.bench.sweep import sweep
 from prunebench.errors import RequestError, UnknownNameError
@@ -339,7 +339,9 @@ def test_a_run_that_ignores_the_request_to_end(
 
 
 def test_here_and_there_the_same_bits(installed: None, bench: Bench, tmp_path: Path) -> None:
+    keep = Keeping(str(tmp_path / "results"))
     for request in bench.requests(tmp_path, "wanda", "hostile", "random + magnitude[group=row]", targets=["0.3"], seeds=[2]):
+        request = dataclasses.replace(request, keep=keep)
         here = swept_one(InlineExecutor(), request, tmp_path)
         there = swept_one(subprocesses(tmp_path), request, tmp_path)
         assert (here.status, there.status) == ("ok", "ok")
@@ -347,6 +349,7 @@ def test_here_and_there_the_same_bits(installed: None, bench: Bench, tmp_path: P
         assert here.audit == there.audit
         assert here.scores["perplexity"].value == there.scores["perplexity"].value
         assert here.scores["perplexity"].items == there.scores["perplexity"].items
+        assert here.masks == there.masks is not None
         assert [step.pruner for step in here.steps] == [step.pruner for step in there.steps]
         assert (here.provenance.executor, there.provenance.executor) == ("inline", "subprocess")
 

@@ -23,6 +23,7 @@ from prunebench.results.leaderboard import number, target_title, to_markdown
 from prunebench.results.published import load_published
 from prunebench.results.records import EvalSpec, Recipe, RunRecord
 from prunebench.results.store import ResultStore, Stored
+from prunebench.results.verdicts import Grade, Verdicts
 
 TOP = Path(__file__).parents[1]
 RESULTS = TOP / "results"
@@ -387,6 +388,27 @@ def test_suites_that_made_the_rows_are_named() -> None:
     assert "* Reproduce: `prunebench run my/peers.toml`.\n" in page(record)
 
 
+def commanded(record: RunRecord, command: str) -> RunRecord:
+    return record.model_copy(update={"provenance": record.provenance.model_copy(update={"command": command})})
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("prunebench run quickstart --results there --jobs 2 --only wanda", "prunebench run quickstart"),
+        (
+            "prunebench run quickstart --method 'wanda[a=1] + perp' --method=imp",
+            "prunebench run quickstart --method 'wanda[a=1] + perp' --method imp",
+        ),
+        ("prunebench run quickstart --model '$MIRROR/models/x'", "prunebench run quickstart --model $MIRROR/models/x"),
+        ("prunebench run x/y.toml --model org/name", "prunebench run x/y.toml --model org/name"),
+        ("prunebench run quickstart --method 'cut", "prunebench run quickstart"),
+    ],
+)
+def test_what_took_the_place_of_a_suites_models_and_methods_is_told(typed: str, told: str) -> None:
+    assert f"* Reproduce: `{told}`.\n" in page(commanded(make_record(), typed))
+
+
 def test_methods_of_other_packages_are_told() -> None:
     record = make_record(make_spec("theirs"))
     assert "Of other packages" not in page(record)
@@ -407,6 +429,60 @@ def test_only_some_sections() -> None:
     assert [section.model for section in found.only("other: ").sections] == ["other"]
     assert len(found.only("").sections) == 2
     assert "no results" in to_markdown(found.only("nothing"))
+
+
+def tuned(record: RunRecord, suite: str) -> RunRecord:
+    return record.model_copy(update={"provenance": record.provenance.model_copy(update={"tuned": suite})})
+
+
+def test_what_people_look_for_comes_first_and_tuning_last() -> None:
+    def of(kind: str, data: str, **changes: Any) -> RunRecord:
+        return make_record(make_spec(conditions=CONDITIONS | {"eval": kind, "data": data}), **changes)
+
+    records = [
+        of("divergence", "a"),
+        of("perplexity", "validation", suite="tuning"),
+        of("somebody's", "a"),
+        of("zero_shot", "a"),
+        of("perplexity", "small"),
+        tuned(of("perplexity", "large"), "tuning"),
+        make_record(make_spec("magnitude", "0.6", conditions=CONDITIONS | {"data": "large"})),
+    ]
+    sections = board(*records).sections
+    order = ["large", "small", "a", "a", "a", "validation"]
+    assert [section.conditions["data"] for section in sections] == order
+    assert [str(section.conditions["eval"]) for section in sections[2:5]] == ["zero_shot", "divergence", "somebody's"]
+    assert [section.is_tuning for section in sections] == [False] * 5 + [True]
+    text = page(*records)
+    assert text.count("* A means, and no result") == 1
+    assert text.index("* A means, and no result") > text.index("somebody's on a")
+
+
+def test_every_section_can_be_reached_from_the_contents() -> None:
+    text = page(*many(), old=2)
+    contents = text[text.index("## Contents") : text.index("## How to read")]
+    links, anchors = re.findall(r"\]\(#(.+?)\)", contents), re.findall(r'<a id="(.+?)">', text)
+    headings = [heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", text, re.MULTILINE)]
+    assert len(anchors) == len(set(anchors)) == len(re.findall(r"^## tiny: ", text, re.MULTILINE)) == 4
+    assert set(links) == {*anchors, "refused-runs", "failed-runs", "outdated-runs"}
+    assert {"refused-runs", "failed-runs", "outdated-runs"} <= set(headings)
+    assert "tiny on another:\n\n- [perplexity on Salesforce/wikitext (wikitext-2-raw-v1, test), window 512](#" in contents
+    assert "- perplexity on Salesforce/wikitext (wikitext-2-raw-v1, test), window 512\n  - [calibrated on" in contents
+    assert re.findall(r"  - \[calibrated on allenai/c4, 128 x (\d+) tokens\]\(#\S+\): 50%, 2:4", contents) == ["512", "256"]
+    assert "## Contents" not in page(dense(), magnitude()), "one section needs none"
+
+
+def test_a_number_that_repeats_the_value_has_no_column() -> None:
+    def with_parts(record: RunRecord, **parts: float) -> RunRecord:
+        [(name, score)] = record.scores.items()
+        return record.model_copy(update={"scores": {name: score.model_copy(update={"parts": parts})}})
+
+    both = [with_parts(dense(60.0), same=60.0, other=1.0), with_parts(magnitude(value=90.0), same=90.0, other=90.0)]
+    [first, _] = only_table(page(*both))
+    assert "other" in first
+    assert "same" not in first
+    differs = [with_parts(dense(60.0), same=60.0), with_parts(magnitude(value=90.0), same=90.5)]
+    assert "same" in only_table(page(*differs))[0]
 
 
 # What is in no table
@@ -552,6 +628,20 @@ def test_the_page_is_plain_markdown() -> None:
         assert len({frozenset(row) for row in table}) == 1
 
 
+def test_trust_stands_where_somebody_looked_again() -> None:
+    """A row is as its least trusted record."""
+    records = [dense(), magnitude(), *(make_record(make_spec(seed=seed), value=80.0 + seed) for seed in (0, 1))]
+    grades: dict[str, Grade] = {records[0].id: "replayed", records[2].id: "replayed", records[3].id: "checked"}
+    found = build_board(stored(*records), grade=lambda record: grades.get(record.id, "reported"))
+    table = only_table(to_markdown(found))
+    assert [(row["method"].strip("*"), row["trust"]) for row in table] == [
+        ("dense", "replayed"),
+        ("wanda", "checked"),
+        ("magnitude", "reported"),
+    ]
+    assert "trust" not in only_table(page(*records))[0]
+
+
 # What is committed
 
 COMMITTED = sorted(RESULTS.glob("*/*/*.json"))
@@ -564,7 +654,7 @@ def test_the_committed_page_is_what_the_committed_records_give() -> None:
     store = ResultStore(RESULTS, pytest.fail)
     latest = store.latest()
     placed = beside(load_published(RESULTS / "published"), [item.record for item in latest])
-    fresh = to_markdown(build_board(latest, revisions, store.items), placed)
+    fresh = to_markdown(build_board(latest, revisions, store.items, Verdicts.of(RESULTS).grade), placed)
     assert PAGE.read_text(encoding="utf-8") == fresh, "run `prunebench report --out leaderboard.md`"
 
 
@@ -614,7 +704,7 @@ def test_the_committed_records_name_no_place_host_or_user() -> None:
 def test_the_committed_records_are_json_that_anyone_reads() -> None:
     for path in COMMITTED:
         data = json.loads(path.read_text(encoding="utf-8"))
-        assert data["schema"] in (1, 2, 3)
+        assert data["schema"] in (1, 2, 3, 4)
         assert all(len(set(map(len, score["items"].values()))) == 1 for score in data["scores"].values() if score["items"])
 
 

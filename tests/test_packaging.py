@@ -214,6 +214,7 @@ def test_the_wheel_runs_the_quickstart(installed: Path, tmp_path: Path) -> None:
     records = [json.loads(path.read_text()) for path in (tmp_path / "results" / "elsewhere" / "wiki7m").glob("*.json")]
     assert [record["spec"]["target"] for record in records] == ["0.5"]
     assert {record["provenance"]["commit"] for record in records} == {None}, "it knows of no clone"
-    board = call(installed, tmp_path, "prunebench", "report", "--out", "board.md")
+    board = call(installed, tmp_path, "prunebench", "report", "--out", "board.md", "--html", "board.html")
     assert "Written to board.md." in board
+    assert "<table>" in (tmp_path / "board.html").read_text(), "the page's templates are there"
     assert "magnitude" in (tmp_path / "board.md").read_text()

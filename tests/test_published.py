@@ -16,7 +16,7 @@ from support import C4_TEXT, CONDITIONS, cases, make_record, make_spec
 from prunebench.errors import StoreError
 from prunebench.options import canonical, parse_step
 from prunebench.plugins import load_registry
-from prunebench.results.beside import HEADINGS, Beside, beside, counts, matched, tolerance
+from prunebench.results.beside import HEADINGS, Beside, about, beside, counts, matched, tolerance
 from prunebench.results.published import WHOLE, PublishedScore, load_published
 from prunebench.results.records import Recipe, RunRecord
 from prunebench.toolkit.texts import KNOWN
@@ -509,6 +509,17 @@ def test_questions_of_unknown_content_are_not_compared() -> None:
 
 
 # Text for the board
+
+
+def test_a_part_of_a_board_has_the_numbers_of_what_was_measured_there() -> None:
+    everything = beside(SCORES, [])
+    wiki = about(everything, [CONDITIONS])
+    assert {one.published.conditions.data for one in wiki} == {"Salesforce/wikitext"}
+    assert any(one.published.method == "dense" for one in wiki)
+    tasks = about(everything, [{"eval": "zero_shot", "tasks": {"rte": {}, "boolq": {}}, "set": "wanda7"}])
+    assert {one.published.task for one in tasks} == {"rte", "boolq", "wanda7"}
+    assert about(everything, [{"eval": "divergence", "data": "Salesforce/wikitext"}]) == []
+    assert 0 < len(wiki) + len(tasks) < len(everything)
 
 
 def test_the_rows_and_the_counts() -> None:

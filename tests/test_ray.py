@@ -20,7 +20,7 @@ from test_executors import HOSTILE, alive, wait_for
 
 from prunebench.bench import ray_executor, ray_worker
 from prunebench.bench.executors import InlineExecutor
-from prunebench.bench.plan import RunRequest, RunResources
+from prunebench.bench.plan import Keeping, RunRequest, RunResources
 from prunebench.bench.ray_executor import RayExecutor, Task, explained
 from prunebench.bench.ray_worker import Mailbox, watch_memory
 from prunebench.errors import RequestError
@@ -91,7 +91,9 @@ def done(plugin: Path, bench: Bench, tmp_path_factory: pytest.TempPathFactory) -
         patch.setenv("PYTHONPATH", python_path(plugin))
         patch.setattr(sys, "path", [str(plugin), *sys.path])
         load_registry.cache_clear()
-        requests = dict(zip(methods, bench.requests(folder, *methods.values()), strict=True))
+        keep = Keeping(str(folder / "results"))
+        planned = [dataclasses.replace(request, keep=keep) for request in bench.requests(folder, *methods.values())]
+        requests = dict(zip(methods, planned, strict=True))
         requests["late"] = dataclasses.replace(requests["late"], timeout=1.5)
         heard, executor, queue, most, killed = Heard(), RayExecutor(2), list(requests.values()), 0, 0
         while len(heard.records) < len(requests):
@@ -134,6 +136,7 @@ class TestOneRay:
         assert (here.id, here.spec, here.audit) == (there.id, there.spec, there.audit)
         assert here.scores["perplexity"].value == there.scores["perplexity"].value
         assert here.scores["perplexity"].items == there.scores["perplexity"].items
+        assert here.masks == there.masks is not None
 
     def test_a_run_whose_worker_was_killed_is_begun_anew(self, done: Done) -> None:
         record = done.record("hurt")

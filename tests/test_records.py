@@ -15,6 +15,7 @@ from support import C4_TEXT, CONDITIONS, make_record, make_spec
 
 from prunebench.results.records import (
     EvalSpec,
+    KeptMasks,
     Recipe,
     RunRecord,
     RunSpec,
@@ -151,6 +152,7 @@ def test_fingerprints_of_recipes() -> None:
         make_record(status="refused", reason="2:4 has no meaning for it: “odd” columns."),
         make_record(status="failed", kind="oom"),
         make_record(make_spec("dense", "dense", None)),
+        make_record(masks=KeptMasks(file=f"masks/{'a' * 64}.safetensors", hash="a" * 64, bytes=8), rescored_from="0" * 12),
         make_record(make_spec("magnitude + perp[subset=norms,retrain.steps=40]", "4:8"), extra_parameters=7),
     ],
     ids=lambda record: f"{record.spec.method} {record.status}",
@@ -383,14 +385,33 @@ def test_the_json_schema_fits_the_files(status: str) -> None:
     assert set(data) == set(schema["properties"])
 
 
-@pytest.mark.parametrize("schema", [1, 2])
-def test_older_records_are_read_without_predictions(schema: int) -> None:
+@pytest.mark.parametrize("schema", [1, 2, 3])
+def test_older_records_are_read_without_predictions_and_masks(schema: int) -> None:
     data = json.loads(make_record().to_json())
     del data["checksum"], data["provenance"]["predicted_seconds"], data["provenance"]["predicted_peak_bytes"]
+    del data["masks"], data["rescored_from"]
     data["schema"] = schema
     record = RunRecord.model_validate(upgraded(data))
-    assert (record.schema_, record.provenance.predicted_seconds, record.provenance.predicted_peak_bytes) == (3, None, None)
+    assert (record.schema_, record.provenance.predicted_seconds, record.provenance.predicted_peak_bytes) == (4, None, None)
+    assert (record.masks, record.rescored_from) == (None, None)
     assert data["schema"] == schema, "what was read stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("file", "digest"),
+    [
+        ("../../etc/passwd", "a" * 64),
+        (f"masks/{'b' * 64}.safetensors", "a" * 64),
+        ("masks/../x.safetensors", "../x"),
+        (f"/masks/{'a' * 64}.safetensors", "a" * 64),
+        ("masks/.safetensors", ""),
+    ],
+)
+def test_kept_masks_are_named_by_their_content_and_nothing_else(file: str, digest: str) -> None:
+    good = {"file": f"masks/{'a' * 64}.safetensors", "hash": "a" * 64, "bytes": 8}
+    for wrong in ({"file": file, "hash": digest}, {"weights_file": file, "weights_hash": digest}, {"weights_file": file}):
+        with pytest.raises(ValidationError, match="a file of kept masks is"):
+            KeptMasks.model_validate({**good, **wrong})
 
 
 def test_the_json_schema_refuses_other_files() -> None:

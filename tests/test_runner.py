@@ -116,7 +116,7 @@ def run(bench: Bench, tmp_path: Path, register: Register, monkeypatch: pytest.Mo
 def test_a_good_run_fills_every_field(run: Watched, bench: Bench) -> None:
     record = run("wanda", seeds=[3], targets=["2:4"])
     assert (record.status, record.reason, record.failure) == ("ok", None, None)
-    assert (record.machine, record.schema_) == ("here", 3)
+    assert (record.machine, record.schema_) == ("here", 4)
     spec = record.spec
     assert (spec.model.name, spec.model.dtype, spec.model.source) == ("tiny", "float32", "local")
     assert (spec.method, spec.target, spec.seed) == ("wanda", "2:4", 3)

@@ -23,7 +23,7 @@ from test_ray import Heard
 
 from prunebench.bench import slurm_executor, slurm_job
 from prunebench.bench.executors import InlineExecutor
-from prunebench.bench.plan import RunRequest, RunResources
+from prunebench.bench.plan import Keeping, RunRequest, RunResources
 from prunebench.bench.slurm_executor import SlurmExecutor, parameters
 from prunebench.bench.slurm_job import OneRun, deaf_children
 from prunebench.errors import RequestError
@@ -79,7 +79,8 @@ def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Done:
         load_registry.cache_clear()
         planned = bench.requests(folder, *methods.values())
         short = RunResources(minutes=8.0)  # of less than ten submitit takes a preemption for the end of time
-        requests = {how: dataclasses.replace(r, resources=short) for how, r in zip(methods, planned, strict=True)}
+        keep = Keeping(str(folder / "results"))
+        requests = {how: dataclasses.replace(r, resources=short, keep=keep) for how, r in zip(methods, planned, strict=True)}
         heard, executor = Heard(), SlurmExecutor(2, folder / "results", cluster="local")
         executor.start(list(requests.values()))
         pids: dict[str, list[int]] = {"preempted": [], "killed": []}
@@ -118,6 +119,8 @@ class TestRealJobs:
         assert (here.reason, there.reason) == (None, None)
         assert (here.id, here.spec, here.audit) == (there.id, there.spec, there.audit)
         assert here.scores["perplexity"].value == there.scores["perplexity"].value
+        assert here.masks == there.masks is not None
+        assert ResultStore(done.results, print).masks(there) is not None
 
     def test_every_job_wrote_its_own_record(self, done: Done) -> None:
         stored = {record.id: record for record in records(done.results)}

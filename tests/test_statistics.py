@@ -13,7 +13,7 @@ from scipy import stats
 
 from prunebench.errors import NonFiniteError, RequestError, UnknownNameError
 from prunebench.results import resampling
-from prunebench.results.accuracy import accuracy_interval, covers_chance, macro_accuracy_interval, mcnemar
+from prunebench.results.accuracy import accuracy_interval, macro_accuracy_interval, mcnemar
 from prunebench.results.ranks import RankInterval, holm, rank, rank_intervals
 from prunebench.results.resampling import BLOCK, Items, equal_weights, macro_weights, satterthwaite
 from prunebench.results.statistics import Difference, new_items, new_seeds_too, planned_difference, smallest_detectable
@@ -379,9 +379,6 @@ def test_intervals_of_accuracies() -> None:
     assert (low, high) == pytest.approx((0.575 - normal, 0.575 + normal), abs=2e-5)
     low, high = macro_accuracy_interval([10, 10], [10, 10])
     assert 0.8 < low < high == 1
-    assert covers_chance(52, 100, 0.5)
-    assert not covers_chance(70, 100, 0.5)
-    assert covers_chance(30, 100, 0.25)
     for wrong in ((3, 2), (0, 0), (-1, 5)):
         with pytest.raises(RequestError, match="make no accuracy"):
             accuracy_interval(*wrong)

@@ -197,7 +197,7 @@ BROKEN: dict[str, bytes] = {
     "deeply nested": b"[" * 200_000,
     "a deeply nested field": b'{"schema": 1, "x":' + b'{"a":' * 100_000,
     "a number of many digits": b'{"schema": ' + b"9" * 10_000 + b"}",
-    "a newer schema": changed(lambda data: data.update(schema=4)),
+    "a newer schema": changed(lambda data: data.update(schema=5)),
     "a much newer schema": changed(lambda data: data.update(schema=10**12)),
     "a schema that is a text": changed(lambda data: data.update(schema="1")),
     "a schema that is null": changed(lambda data: data.update(schema=None)),
@@ -259,7 +259,7 @@ def test_the_reasons_say_what_is_wrong(store: ResultStore, warnings: list[str]) 
         "cut short": "",
         "changed": "its checksum does not match, so it was cut short or changed",
         "another object": "it is no record of prunebench",
-        "a newer schema": "its schema 4 is newer than 3; update prunebench to read it",
+        "a newer schema": "its schema 5 is newer than 4; update prunebench to read it",
         "another status": "its field status does not fit",
         "an unknown field": "its field surprise does not fit",
         "the id of another run": "its id does not belong to its spec",
@@ -292,7 +292,21 @@ def test_no_cut_and_no_flipped_bit_is_believed(store: ResultStore, warnings: lis
 
 @pytest.mark.parametrize(
     "name",
-    ["../../evil", "..", "/etc/cron.d/evil", "a/b/c", "模型", "C:\\evil", "x" * 3000, ".journal", "published", "\n", "*"],
+    [
+        "../../evil",
+        "..",
+        "/etc/cron.d/evil",
+        "a/b/c",
+        "模型",
+        "C:\\evil",
+        "x" * 3000,
+        ".journal",
+        "published",
+        "masks",
+        "verdicts",
+        "\n",
+        "*",
+    ],
 )
 def test_names_cannot_leave_the_folder(store: ResultStore, tmp_path: Path, name: str) -> None:
     record = make_record(make_spec(f"wanda[x={name}]", model=name), machine=f"m {name}")

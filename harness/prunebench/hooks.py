@@ -1,9 +1,10 @@
-"""The hooks of the entry-point group `prunebench`, by which classes are registered, and the version of the contract."""
+"""The hooks of the entry-point group `prunebench`, by which classes are registered and records are heard of, and the version of
+the contract."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -18,7 +19,7 @@ hookimpl = pluggy.HookimplMarker("prunebench")
 
 
 class Hooks:
-    """They take no arguments and return classes."""
+    """Those that register take no arguments and return classes."""
 
     @hookspec
     def prunebench_pruners(self) -> Sequence[type[Pruner]]:  # type: ignore[empty-body]
@@ -27,3 +28,7 @@ class Hooks:
     @hookspec
     def prunebench_evals(self) -> Sequence[type[Eval]]:  # type: ignore[empty-body]
         """Evaluation classes to register."""
+
+    @hookspec
+    def prunebench_record(self, record: dict[str, Any]) -> None:
+        """Called with each record of a sweep, as its file has it, when it is kept. What goes wrong here harms no run."""

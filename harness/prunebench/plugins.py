@@ -53,13 +53,23 @@ class Broken:
     reason: str
 
 
+@dataclass(frozen=True)
+class Listener:
+    """A plugin that hears of every record."""
+
+    plugin: str
+    hear: Callable[..., object]
+    """Takes `record`, as its file has it; may raise anything."""
+
+
 @dataclass
 class Registry:
-    """What is registered: pruners and evaluations by name, and the plugins that failed."""
+    """What is registered: pruners and evaluations by name, who hears of records, and the plugins that failed."""
 
     pruners: dict[str, Registered[Pruner]] = field(default_factory=dict)
     evals: dict[str, Registered[Eval]] = field(default_factory=dict)
     broken: list[Broken] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
     _disputed: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def pruner(self, step: Step) -> Pruner:
@@ -139,10 +149,12 @@ def registry_of(plugins: Iterable[tuple[str, str, str, Callable[[], object]]]) -
     for name, distribution, version, load in plugins:
         try:
             with redirect_stdout(sys.stderr):  # what it prints would stand in the midst of a listing
-                found = _hooked(name, load())
+                found, hear = _hooked(name, load())
                 for kind, classes in found.items():
                     for cls in classes:
                         registry.add(kind, cls, distribution, version)
+                if hear is not None:
+                    registry.listeners.append(Listener(name, hear))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - a stranger's import may raise anything; it is listed
@@ -204,8 +216,12 @@ def _imported(place: str) -> Any:
         raise RequestError(f"the module {module_name!r} ({where}) has no {path!r}.") from None
 
 
-def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
-    """Call one plugin's hooks through a manager of its own, so that nothing of it touches another plugin."""
+def _hooked(name: str, plugin: object) -> tuple[dict[str, list[type]], Callable[..., object] | None]:
+    """Call one plugin's hooks through a manager of its own, so that nothing of it touches another plugin.
+
+    Returns:
+        Classes by kind, and what to call with each record, if the plugin wants to hear of them.
+    """
     _check_api(name, plugin)
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(Hooks)
@@ -215,7 +231,7 @@ def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
     except pluggy.PluginValidationError as error:
         raise PluginError(f"the plugin {name!r} has a hook that prunebench does not know: {error}") from error
     if not manager.get_hookcallers(plugin):
-        raise PluginError(f"the plugin {name!r} implements no hook: mark prunebench_pruners or prunebench_evals with hookimpl.")
+        raise PluginError(f"the plugin {name!r} implements no hook: mark prunebench_pruners or another with hookimpl.")
     found: dict[str, list[type]] = {}
     for kind, hook in (("pruner", "prunebench_pruners"), ("evaluation", "prunebench_evals")):
         found[kind] = []
@@ -224,7 +240,8 @@ def _hooked(name: str, plugin: object) -> dict[str, list[type]]:
             if not isinstance(classes, list | tuple):
                 raise PluginError(f"{hook} of the plugin {name!r} returned {type(classes).__name__}, not a list of classes.")
             found[kind] += classes
-    return found
+    hear = manager.hook.prunebench_record
+    return found, hear if hear.get_hookimpls() else None
 
 
 def _check_api(name: str, plugin: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from prunebench.plain import escape
+from prunebench.plain import escape, size_text
 from prunebench.results import leaderboard
 from prunebench.results.board import Board
 from prunebench.results.contest import Contest
@@ -176,6 +176,8 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
         fact("zeros", f"{audit.sparsity_prunable:.4%} of prunable weights, {audit.sparsity_total:.4%} of all parameters")
         fact("extra zeros", str(audit.extra_zeros))
         fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
+    for name, told in _kept(record):
+        fact(name, told)
     for name, score in record.scores.items():
         shown = "no mean" if score.value is None else f"{score.value:.6g}"
         fact(name, f"{shown} ({score.seconds:.1f} s)")
@@ -202,6 +204,18 @@ def _columns_that_fit(headings: list[str], rows: list[list[str]], parts: list[st
         if METHOD_WIDTH + sum(widths[index] for index in shown if index != 1) > console.width - 4 and heading in headings:
             shown.remove(headings.index(heading))
     return shown
+
+
+def _kept(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """What was kept of a pruned model, and whose masks were scored."""
+    if record.rescored_from is not None:
+        yield "rescored", f"nothing was pruned anew: masks and costs of pruning are those of {record.rescored_from}"
+    kept = record.masks
+    if kept is not None:
+        yield "masks", f"{kept.file}, {size_text(kept.bytes)}" + (" with the weights" if kept.weights_file else "")
+        if kept.weights_file is not None:
+            yield "weights", kept.weights_file
+        yield "", f"cannot be scored again: {kept.note}" if kept.note else f"`prunebench rescore {record.id}` scores them again"
 
 
 def _memory(count: int | None, where: str) -> str:

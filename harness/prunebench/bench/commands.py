@@ -115,7 +115,7 @@ def evaluate_model(
     built = [AskedEval(text, registry.eval(parse_step(text))) for text in evals]
     device = pick_device(device)
     dtype = _checked_dtype(dtype) or default_dtype(device)
-    source = resolve_model(name, [Path(), suites_folder()], revision, _checked_allowed(allowed))
+    source = resolve_model(name, [Path(), suites_folder()], revision, checked_allowed(allowed))
     identity = identify(source)
     folder = Path.cwd()
     model = ModelSpec(
@@ -152,7 +152,7 @@ def evaluate_model(
 
 def _prune_request(options: PruneOptions) -> RunRequest:
     device = pick_device(options.device)
-    entry = _model_entry(options.model, _checked_dtype(options.dtype), options.revision, _checked_allowed(options.allowed))
+    entry = _model_entry(options.model, _checked_dtype(options.dtype), options.revision, checked_allowed(options.allowed))
     suite = Suite(
         suite=SuiteHead(name="prune"),
         model=(entry,),
@@ -182,7 +182,8 @@ def _checked_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-def _checked_allowed(allowed: tuple[str, ...]) -> frozenset[str]:
+def checked_allowed(allowed: tuple[str, ...]) -> frozenset[str]:
+    """What the user allows for a model; an OptionError where it is nothing that can be allowed."""
     for item in allowed:
         if item not in ALLOWABLE:
             raise OptionError(f"--allow is one of {', '.join(ALLOWABLE)}, not {item!r}.")

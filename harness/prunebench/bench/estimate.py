@@ -44,8 +44,8 @@ class Estimator:
 
     @classmethod
     def of(cls, planner: Planner, records: Iterable[RunRecord]) -> Estimator:
-        """With the records that are of the planner's machine."""
-        own = [record for record in records if record.machine == planner.machine]
+        """With the records that are of the planner's machine; what was scored again has another record's costs of pruning."""
+        own = [record for record in records if record.machine == planner.machine and record.rescored_from is None]
         threads = planner.suite.limits.threads or torch.get_num_threads()
         return cls(planner.machine, planner.device, threads, planner.registry, own)
 

@@ -3,23 +3,23 @@ own, the adapters that stay apart from the weights."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from prunebench.bench.mask_bank import masks_of
 from prunebench.errors import StoreError, WriteError
+from prunebench.results.files import write_aside
 from prunebench.results.records import RunRecord
+from prunebench.results.tensor_files import tensor_parts
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify, quiet_transformers
 
 RECORD_FILE = "prunebench.json"
 MASK_FILE = "mask.safetensors"
-MASK_FORMAT = "prunebench-mask-1"
 
 
 def check_output(out: Path) -> None:
@@ -61,7 +61,7 @@ def save_pruned(
     """Write the folder aside and move it into place, so that it is never half there.
 
     `mask.safetensors` holds for each matrix its keep mask (1 survives) as bytes in C order, the first entry in the highest
-    bit; shapes are in the file's metadata.
+    bit; shapes and a manifest are in the file's metadata (`results/mask_files.py`).
 
     Raises:
         WriteError: it cannot be written.
@@ -71,12 +71,7 @@ def save_pruned(
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".prunebench-") as aside:
             folder = Path(aside) / "model"
             write_model(model, source, anatomy, folder)
-            shapes = {matrix.name: matrix.shape for matrix in anatomy.matrices if matrix.name in anatomy.masks}
-            save_file(
-                anatomy.masks.packed(),
-                str(folder / MASK_FILE),
-                metadata={"format": MASK_FORMAT, "shapes": json.dumps(shapes)},
-            )
+            write_aside(folder, tensor_parts(*masks_of(anatomy, record.spec))).replace(folder / MASK_FILE)
             (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
             for path in folder.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)

@@ -26,7 +26,7 @@ from prunebench.bench.suite import Calibration, MethodEntry, ModelEntry, Resourc
 from prunebench.errors import DataError, RequestError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
-from prunebench.results.records import EvalSpec, ModelSpec, RunSpec
+from prunebench.results.records import EvalSpec, ModelSpec, RunRecord, RunSpec
 from prunebench.shipped import suites_folder
 from prunebench.spec import Needs
 from prunebench.targets import parse_target
@@ -54,6 +54,30 @@ class RunResources:
     minutes: float | None = None
     slurm: tuple[tuple[str, str | bool], ...] = ()
     """Further options of `sbatch`, by name."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a run keeps beside its record."""
+
+    results: str
+    """The results folder, whole; a node that does runs sees it too."""
+    weights: bool = False
+    """Not only masks, also what else the method changed."""
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """A run whose pruning is taken from an earlier one."""
+
+    record: RunRecord
+    results: str
+    """The folder where its masks are."""
+
+    @property
+    def source(self) -> str:
+        """The id of the run that pruned."""
+        return self.record.rescored_from or self.record.id
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,9 @@ class RunRequest:
     """Blocks after which a run writes down what it needs to go on there; None writes nothing."""
     checkpoints: str | None = None
     """The folder for that, this run's alone."""
+    keep: Keeping | None = None
+    rescoring: Rescoring | None = None
+    """The model is pruned already, and only evaluated."""
 
 
 @dataclass

@@ -21,8 +21,10 @@ from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.checkpoints import Checkpoints, Standing
 from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import write_model
+from prunebench.bench.mask_bank import Bank
 from prunebench.bench.measure import Cost, free_bytes, measured
 from prunebench.bench.plan import RunRequest
+from prunebench.bench.rescoring import rescored
 from prunebench.bench.workplace import Workplace, set_up
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
 from prunebench.options import option_values, parse_step
@@ -31,6 +33,7 @@ from prunebench.results.records import (
     AuditRecord,
     Failure,
     FailureKind,
+    KeptMasks,
     MatrixAudit,
     Provenance,
     RunRecord,
@@ -67,6 +70,10 @@ class Outcome:
     batch_size: int = 0
     """Sequences at a time: as asked, or as chosen by what was free."""
     checkpoints: Checkpoints | None = None
+    bank: Bank | None = None
+    changes: Changes = Changes.NOTHING
+    """All that the steps declared."""
+    masks: KeptMasks | None = None
     extra_parameters: int = 0
     """What the model has in the end beside the parameters it came with: an untied head, and all adapters, loaded ones too."""
 
@@ -85,12 +92,15 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
     outcome = Outcome()
     try:
         with threads(request.threads):
-            model = prune(request, progress, outcome)
+            model = rescored(request, progress, outcome) if request.rescoring else prune(request, progress, outcome)
             if request.reload:
                 model = reloaded(request, model, outcome)
             chosen = replace(request, batch_size=outcome.batch_size)
             evaluate(chosen, model, progress, outcome.scores, outcome.kept, outcome.note)
             _check_model(request)
+            if outcome.bank is not None:
+                progress("keep masks", 0, 1)
+                outcome.masks = outcome.bank.kept(outcome.changes, outcome.note)
     except Refused as refusal:
         return make_record(request, outcome, executor, refused=str(refusal))
     except KeyboardInterrupt:
@@ -118,6 +128,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
+    outcome.bank = Bank(request, anatomy) if request.keep else None
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
     outcome.checkpoints = checkpoints = Checkpoints(request, pruners)
     work = set_up(checkpoints.request, model, anatomy, target, pruners, free)
@@ -134,7 +145,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
         _next_step(work, registry, pruners[index], standing, outcome, progress)
     _check_model(request)  # the dense weights were read from its files all the while
     outcome.steps[-1].notes.update(checkpoints.notes)
-    outcome.current_step = None
+    outcome.current_step, outcome.changes = None, Changes(standing.changes)
     outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
     return model
 
@@ -228,6 +239,8 @@ def make_record(
         audit=_audit_record(outcome.finding) if outcome.finding else None,
         scores=outcome.scores,
         extra_parameters=outcome.extra_parameters,
+        masks=outcome.masks,
+        rescored_from=request.rescoring.source if request.rescoring else None,
         provenance=_provenance(request, outcome, executor),
     )
 

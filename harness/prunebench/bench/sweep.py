@@ -11,6 +11,7 @@ from typing import Protocol
 
 from prunebench.bench.checkpoints import clear, clear_older
 from prunebench.bench.executors import Executor
+from prunebench.bench.mask_bank import only_what_is_here, remove_half_written
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import run_label
 from prunebench.children import POLL_SECONDS
@@ -247,10 +248,12 @@ class _Sweep:
         held = self._held[run]
         path = None
         if not self._executor.keeps_records:
-            kept = self._store.keep(record, log)
+            kept = self._store.keep(only_what_is_here(record, self._store.folder), log)
             path, record = self._store.folder / kept.path, kept.record
             if record.status != "failed":
                 clear(held.request)
+            else:
+                remove_half_written(held.request)
         del self._held[run]
         if held.claim:
             held.claim.release()

@@ -85,7 +85,12 @@ def open_store(results: Path) -> ResultStore:
     """The folder of records; what cannot be read there is named."""
     from prunebench.results.store import ResultStore
 
-    return ResultStore(results, lambda message: complaints.print(f"warning: {escape(message)}", soft_wrap=True))
+    return ResultStore(results, warn)
+
+
+def warn(message: str) -> None:
+    """Say on stderr what is wrong and stops nothing."""
+    complaints.print(f"warning: {escape(message)}", soft_wrap=True)
 
 
 def command_line() -> str:

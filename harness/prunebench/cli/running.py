@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from prunebench.cli.program import Device, Machine, Results, app, command_line, open_store, terminal
+from prunebench.cli.program import Device, Machine, Results, app, command_line, open_store, terminal, warn
 from prunebench.errors import RequestError, UnknownNameError
-from prunebench.plain import escape
+from prunebench.plain import escape, size_text
 
 if TYPE_CHECKING:
+    from prunebench.bench.costs import Work
     from prunebench.bench.executors import Executor
-    from prunebench.bench.plan import Planner, RunRequest
-    from prunebench.results.records import EvalSpec
+    from prunebench.bench.plan import Keeping, Planner, RunRequest
+    from prunebench.results.records import EvalSpec, RunRecord
     from prunebench.results.store import ResultStore
 
 _Run = TypeVar("_Run")
@@ -70,6 +71,10 @@ def run(
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.001, help="Seconds a run may take.")] = None,
     memory: Annotated[float | None, typer.Option("--memory", min=0.001, help="GiB a run may use on the host.")] = None,
     retry: Annotated[list[str] | None, typer.Option("--retry", help=f"Only runs that ended so: {', '.join(ENDINGS)}.")] = None,
+    keep_masks: Annotated[bool, typer.Option("--keep-masks", help="Keep the masks, to score them again.")] = False,
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights", help="Keep also what else a method changes: whole tensors.")
+    ] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option("--checkpoint-every", min=1, help="Blocks after which a killed run can go on.")
     ] = None,
@@ -82,10 +87,10 @@ def run(
     """
     from functools import partial
 
-    from prunebench.bench.display import SweepDisplay
-    from prunebench.bench.estimate import with_predictions
+    from prunebench.bench.estimate import known_work, with_predictions
     from prunebench.bench.executors import make_executor
-    from prunebench.bench.sweep import split_settled, sweep
+    from prunebench.bench.plan import Keeping
+    from prunebench.bench.sweep import split_settled
 
     endings = frozenset(retry or ())
     cluster = executor == "slurm" or ray_address is not None
@@ -94,35 +99,82 @@ def run(
     planner = _planner(suite, model, method, machine, device, cluster)
     again = again or "refused" in endings
     chosen = make_executor(executor, jobs, planner.device, results, ray_address, again)
-    limited = partial(_limited, store=store, timeout=timeout, memory=memory, checkpoint_every=checkpoint_every)
+    keep = Keeping(str(results.resolve()), keep_weights) if keep_masks or keep_weights else None
+    limited = partial(_limited, store=store, timeout=timeout, memory=memory, checkpoint_every=checkpoint_every, keep=keep)
     if dry_run:
-        requests = _show_plan(planner, suite, only, store, again, endings, here=not cluster)
+        requests = _show_plan(planner, suite, only, store, again, endings, here=not cluster, keep=keep)
         if executor == "slurm":
             _show_scripts(chosen, limited(requests))
         return
     requests = limited(_requests(planner, suite, only))
     records = [stored.record for stored in store.latest()]
     todo, done = split_settled(requests, records, planner.machine, again, endings)
+    if keep:
+        _tell_kept(keep, known_work(todo, planner.registry), [run.spec.id for run in done], records, planner.machine, results)
+    predict = None if cluster else partial(with_predictions, records=records, planner=planner)
+    swept(todo, len(done), store, chosen, again, predict)
+
+
+def swept(
+    todo: list[RunRequest],
+    done: int,
+    store: ResultStore,
+    executor: Executor,
+    again: bool,
+    predict: Callable[[list[RunRequest]], list[RunRequest]] | None = None,
+) -> None:
+    """Do runs, show how far they are and what they came to; exit code 1 where one failed.
+
+    Args:
+        todo: the runs.
+        done: how many others were found done.
+        store: where their records go.
+        executor: does them, and is closed.
+        again: do also what is settled.
+        predict: adds what each run is expected to take, once it is known that they can be done.
+    """
+    from prunebench.bench.display import SweepDisplay
+    from prunebench.bench.sweep import sweep
+    from prunebench.bench.telling import Telling
+    from prunebench.plugins import load_registry
+
     store.check_writable()
     display = SweepDisplay(terminal)
     try:
-        chosen.check(todo)
-        if todo and not cluster:
-            todo = with_predictions(todo, records, planner)
-        del records  # hundreds with their raw answers, and a sweep takes hours
-        display.started(todo, len(done), min(chosen.room(), len(todo)))
-        summary = sweep(todo, store, chosen, display, again, len(done))
+        executor.check(todo)
+        if todo and predict is not None:
+            todo = predict(todo)
+        display.started(todo, done, min(executor.room(), len(todo)))
+        told = Telling(display, load_registry().listeners, warn)
+        summary = sweep(todo, store, executor, told, again, done)
     finally:
         display.close()
-        chosen.close()
+        executor.close()
     failed, refused = summary.count("failed"), summary.count("refused")
     if todo:
         elsewhere = f", {summary.elsewhere} done by another command" if summary.elsewhere else ""
-        terminal.print(
-            f"{summary.count('ok')} ok, {refused} refused, {failed} failed{elsewhere}; records in {escape(str(results))}."
-        )
+        where = escape(str(store.folder))
+        terminal.print(f"{summary.count('ok')} ok, {refused} refused, {failed} failed{elsewhere}; records in {where}.")
     if failed:
         raise typer.Exit(1)
+
+
+def _tell_kept(
+    keep: Keeping, todo: Sequence[Work], done: Collection[str], records: Iterable[RunRecord], machine: str, folder: Path
+) -> None:
+    """Say what will be kept and what was not; a RequestError where there is no room for it."""
+    from prunebench.bench.room import check_room, expected_bytes, without_masks
+    from prunebench.results.records import MASKS
+
+    settled = [record for record in records if record.machine == machine and record.id in done]
+    if lacking := without_masks(settled, keep.weights):
+        runs = "1 run done has" if lacking == 1 else f"{lacking} runs done have"
+        what = "masks, or not the weights that go with them" if keep.weights else "masks"
+        terminal.print(f"{runs} no {what}; --again makes them.")
+    needed = expected_bytes(todo, keep.weights)
+    if todo:
+        terminal.print(f"Up to {size_text(needed)} will be kept in {escape(str(folder / MASKS))}.")
+    check_room(folder, needed)
 
 
 def _check_options(
@@ -141,7 +193,12 @@ def _check_options(
 
 
 def _limited(
-    requests: list[RunRequest], store: ResultStore, timeout: float | None, memory: float | None, checkpoint_every: int | None
+    requests: list[RunRequest],
+    store: ResultStore,
+    timeout: float | None,
+    memory: float | None,
+    checkpoint_every: int | None,
+    keep: Keeping | None,
 ) -> list[RunRequest]:
     """The runs, with the limits of the command line."""
     from dataclasses import replace
@@ -155,6 +212,7 @@ def _limited(
             timeout=timeout or request.timeout,
             memory=memory and memory * (1 << 30),
             checkpoint_every=checkpoint_every,
+            keep=keep,
             checkpoints=str(journal.scratch(request.machine, request.spec.id, "checkpoint")),
         )
         for request in requests
@@ -209,7 +267,14 @@ def _with_text(runs: list[_Run], labels: list[str], suite: str, only: str | None
 
 
 def _show_plan(
-    planner: Planner, suite: str, only: str | None, store: ResultStore, again: bool, endings: Collection[str], here: bool
+    planner: Planner,
+    suite: str,
+    only: str | None,
+    store: ResultStore,
+    again: bool,
+    endings: Collection[str],
+    here: bool,
+    keep: Keeping | None,
 ) -> list[RunRequest]:
     """Print what would be run, without changing or downloading anything that takes long, and give the runs, where known."""
     from prunebench.bench.estimate import known_work
@@ -228,6 +293,8 @@ def _show_plan(
         requests, settled = split_settled(_requests(planner, suite, only), records, planner.machine, again, endings)
         todo, done = (known_work(runs, planner.registry) for runs in (requests, settled))
     print_preview(Preview(planner, records, store.items, wanted, todo, done, here), terminal)
+    if keep:
+        _tell_kept(keep, todo, [work.id for work in done if work.id], records, planner.machine, store.folder)
     return requests
 
 

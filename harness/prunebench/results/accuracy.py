@@ -1,4 +1,4 @@
-"""Right and wrong answers: an accuracy's interval, whether it covers chance, and McNemar's test of one pair."""
+"""Right and wrong answers: an accuracy's interval, and McNemar's test of one pair."""
 
 from __future__ import annotations
 
@@ -79,9 +79,3 @@ def macro_accuracy_interval(right: Sequence[int], asked: Sequence[int], level: f
     below = math.hypot(*(share - low for share, (low, _) in zip(shares, bounds, strict=True))) / len(shares)
     above = math.hypot(*(high - share for share, (_, high) in zip(shares, bounds, strict=True))) / len(shares)
     return middle - below, middle + above
-
-
-def covers_chance(right: int, asked: int, chance: float, level: float = 0.95) -> bool:
-    """Whether a model's accuracy cannot be told from guessing; where it lies below chance it can, and means as little."""
-    low, high = accuracy_interval(right, asked, level)
-    return low <= chance <= high

@@ -105,6 +105,19 @@ def matched(placed: Iterable[Beside]) -> list[Beside]:
     return [one for one in placed if one.status in ("reproduced", "off")]
 
 
+def about(placed: Iterable[Beside], measured: Iterable[Mapping[str, Any]]) -> list[Beside]:
+    """The published numbers of what was measured under any of these conditions, whatever else agrees: for a part of a board."""
+    subjects: set[tuple[Metric, object]] = set()
+    for conditions in measured:
+        if conditions.get("eval") == "perplexity":
+            subjects.add(("perplexity", conditions.get("data")))
+        elif conditions.get("eval") == "zero_shot":
+            tasks = conditions.get("tasks")
+            subjects |= {("accuracy", task) for task in tasks} if isinstance(tasks, dict) else set()
+            subjects.add(("mean accuracy", conditions.get("set")))
+    return [one for one in placed if (one.published.metric, one.published.task or one.published.conditions.data) in subjects]
+
+
 def counts(placed: Sequence[Beside]) -> str:
     """`published numbers: 666; reproduced 1, off 0, not run 438, not comparable 185, copies 42`."""
     found = Counter(one.status for one in placed)

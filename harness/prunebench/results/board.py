@@ -9,7 +9,9 @@ one row. Ranks are intervals and rest on paired tests (`rows.py`); where these c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +19,13 @@ from prunebench.results.comparison import LoadItems, Measured
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
+from prunebench.results.verdicts import Grade, lowest
 
 OWN_PACKAGE = "prunebench"
 """The distribution of the built-in methods."""
+
+KINDS = ("perplexity", "zero_shot", "divergence", "generation")
+"""Evaluations in the order in which people look for them; others follow."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,15 @@ class Section:
     baseline: float | None
     """The dense model's value."""
     suites: tuple[str, ...]
-    """As commands name them: shipped names, or files."""
+    """What `prunebench run` was given: shipped names, or files, and the models and methods that stood in for the suite's."""
     strangers: tuple[str, ...]
     """Methods that come with other packages, and which these are."""
     tables: tuple[Table, ...]
     unread: tuple[str, ...] = ()
     """Raw answers that could not be read, and why."""
+    higher_is_better: bool = False
+    is_tuning: bool = False
+    """Whether every row comes of a suite by which options of others were chosen: a means, and no result."""
 
     @property
     def title(self) -> str:
@@ -76,9 +85,16 @@ class Section:
         return self.sample is None or self.is_ratio
 
     @property
+    def shows_trust(self) -> bool:
+        """Whether somebody looked at any of it again."""
+        return any(row.grade != "reported" for table in self.tables for row in table.rows)
+
+    @property
     def parts(self) -> list[str]:
-        """Further numbers that rows have."""
-        return list(dict.fromkeys(part for table in self.tables for row in table.rows for part in row.parts))
+        """Further numbers that rows have, without one that is the value again in every row."""
+        rows = [row for table in self.tables for row in table.rows]
+        names = dict.fromkeys(part for row in rows for part in row.parts)
+        return [name for name in names if any(row.parts.get(name, row.mean) != row.mean for row in rows)]
 
     @property
     def silence(self) -> str | None:
@@ -117,7 +133,10 @@ class Board:
 
 
 def build_board(
-    stored: Iterable[Stored], revisions: Mapping[str, int] | None = None, load: LoadItems = lambda _, score: score.items
+    stored: Iterable[Stored],
+    revisions: Mapping[str, int] | None = None,
+    load: LoadItems = lambda _, score: score.items,
+    grade: Callable[[RunRecord], Grade] = lambda _: "reported",
 ) -> Board:
     """Group the latest records.
 
@@ -126,9 +145,10 @@ def build_board(
         revisions: the present revisions of pruners by name and of evaluations by `eval NAME`; records of another revision are
             outdated and stand in no table.
         load: gives raw answers, `ResultStore.items`; without it those that are in the records.
+        grade: says how far a record may be trusted, `Verdicts.grade`; without it nobody looked at any again.
     """
     records = [item.record for item in sorted(stored, key=lambda item: item.path)]
-    outdated = [r for r in records if _is_outdated(r, revisions or {})]
+    outdated = [r for r in records if is_outdated(r, revisions or {})]
     present = [r for r in records if r not in outdated]
     buckets: dict[tuple[str, str, str], list[Measured]] = {}
     for record in present:
@@ -137,17 +157,45 @@ def build_board(
                 measured = Measured(record, name, score)
                 key = (record.machine, record.spec.model.name, measured.measurement)
                 buckets.setdefault(key, []).append(measured)
-    sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load)]
+    tuning = {record.provenance.tuned for record in records if record.provenance.tuned}
+    sections = [section for key in sorted(buckets) for section in _sections(buckets[key], load, tuning)]
     by_label = lambda record: (record.machine, record.spec.model.name, record.spec.file_stem)  # noqa: E731
     return Board(
-        sections=tuple(sections),
+        sections=tuple(_in_order(_graded(section, present, grade) for section in sections)),
         failed=tuple(sorted((r for r in present if r.status == "failed"), key=by_label)),
         refused=tuple(sorted((r for r in present if r.status == "refused"), key=by_label)),
         outdated=tuple(sorted(outdated, key=by_label)),
     )
 
 
-def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
+def _graded(section: Section, records: Sequence[RunRecord], grade: Callable[[RunRecord], Grade]) -> Section:
+    """The section with each row's grade: that of its least trusted record."""
+    known = {record.id: record for record in records if record.machine == section.machine}
+    tables = (
+        replace(table, rows=tuple(replace(row, grade=lowest(grade(known[each]) for each in row.ids)) for row in table.rows))
+        for table in section.tables
+    )
+    return replace(section, tables=tuple(tables))
+
+
+def _in_order(sections: Iterable[Section]) -> list[Section]:
+    """By machine and model; what people look for first, with the most rows first, and what was only a means last."""
+    listed = list(sections)
+    rows = {id(section): sum(len(table.rows) for table in section.tables) for section in listed}
+    together: Counter[tuple[str, str, str]] = Counter()
+    for section in listed:
+        together[section.machine, section.model, section.title] += rows[id(section)]
+
+    def key(section: Section) -> tuple[Any, ...]:
+        kind = section.conditions.get("eval")
+        of_title = -together[section.machine, section.model, section.title]
+        interest = (section.is_tuning, section.silence is not None, KINDS.index(kind) if kind in KINDS else len(KINDS))
+        return (section.machine, section.model, *interest, of_title, section.title, -rows[id(section)])
+
+    return sorted(listed, key=key)
+
+
+def _sections(entries: list[Measured], load: LoadItems, tuning: Collection[str]) -> list[Section]:
     """One section a calibration recipe; rows of methods without calibration stand in each."""
     recipes: dict[str, Recipe] = {}
     keys = []
@@ -159,7 +207,7 @@ def _sections(entries: list[Measured], load: LoadItems) -> list[Section]:
     found = []
     for key in sorted(recipes) or [""]:
         members = [entry for entry, own in zip(entries, keys, strict=True) if own in (None, key)]
-        found.append(_section(_latest(members), recipes.get(key), load))
+        found.append(_section(_latest(members), recipes.get(key), load, tuning))
     return found
 
 
@@ -172,7 +220,7 @@ def _latest(entries: list[Measured]) -> list[Measured]:
     return list(chosen.values())
 
 
-def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) -> Section:
+def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems, tuning: Collection[str]) -> Section:
     dense = [e for e in entries if e.record.spec.target == DENSE]
     builder = RowBuilder(dense, load)
     trainings: dict[str, Recipe | None] = {_training(e): e.record.spec.recipe if _training(e) else None for e in entries}
@@ -201,17 +249,32 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems) ->
         sample=first.score.sample,
         recipe=recipe,
         baseline=builder.baseline,
-        suites=tuple(sorted({_suite(e.record) for e in entries if e.record.provenance.suite})),
+        suites=tuple(sorted({_asked(e.record) for e in entries if e.record.provenance.suite})),
         strangers=tuple(sorted({name for e in entries for name in _strangers(e.record)})),
         tables=tuple(tables),
         unread=tuple(dict.fromkeys(builder.unread)),
+        higher_is_better=higher,
+        is_tuning=all(e.record.provenance.suite in tuning for e in entries),
     )
 
 
-def _suite(record: RunRecord) -> str:
-    """What to give `prunebench run`: the file that was given, or the suite's name."""
+def _asked(record: RunRecord) -> str:
+    """What to give `prunebench run`: the file that was given, or the suite's name, and what took the place of its models and
+    methods."""
     given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
-    return given[1] if given else str(record.provenance.suite)
+    suite = given[1] if given else str(record.provenance.suite)
+    try:
+        words = shlex.split(record.provenance.command)
+    except ValueError:  # written by hand
+        return suite
+    instead = []
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in ("--model", "--method"):
+            value = value if equals else " ".join(words[index + 1 : index + 2])
+            is_plain = re.fullmatch(r"[$]?[\w./+-]+", value)  # `$MIRROR/model` is for the shell
+            instead.append(f"{option} {value if is_plain else shlex.quote(value)}")
+    return " ".join([suite, *instead])
 
 
 def _strangers(record: RunRecord) -> list[str]:
@@ -226,7 +289,8 @@ def _training(entry: Measured) -> str:
     return fingerprint(Recipe(training=recipe.training, training_tokens=recipe.training_tokens))
 
 
-def _is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
+def is_outdated(record: RunRecord, revisions: Mapping[str, int]) -> bool:
+    """Whether a record is of another revision of its method or of an evaluation than the present; see `build_board`."""
     names = [(step.text.partition("[")[0], step.revision) for step in record.spec.steps]
     names += [(f"eval {spec.conditions.get('eval')}", spec.revision) for spec in record.spec.evals]
     return any(revisions.get(name, revision) != revision for name, revision in names)

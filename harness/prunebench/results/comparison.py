@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunebench.errors import StoreError
-from prunebench.results.accuracy import Flips, covers_chance, macro_accuracy_interval, mcnemar
+from prunebench.results.accuracy import Flips, accuracy_interval, macro_accuracy_interval, mcnemar
 from prunebench.results.items import Columns
 from prunebench.results.records import RunRecord, SampleRecord, ScoreRecord, eval_revision, fingerprint
 from prunebench.results.resampling import Floats, Items, equal_weights, macro_weights
@@ -108,18 +108,30 @@ class Answers:
     @property
     def guesses(self) -> frozenset[str]:
         """Tasks whose accuracy, the mean over seeds, cannot be told from that of guessing; the empty name is their mean."""
+        return frozenset(name for name, (low, chance, high) in self._against_chance.items() if low <= chance <= high)
+
+    @property
+    def below_chance(self) -> frozenset[str]:
+        """Tasks whose accuracy is significantly worse than that of guessing; the empty name is their mean."""
+        return frozenset(name for name, (_, chance, high) in self._against_chance.items() if high < chance)
+
+    @cached_property
+    def _against_chance(self) -> dict[str, tuple[float, float, float]]:
+        """The accuracy that guessing has, between the ends of the 95% interval, by task; the empty name is their mean."""
         if self.choices is None or not self.are_right_or_wrong:
-            return frozenset()
+            return {}
         right = self.values.mean(axis=0)
         asked = {name: where for name, where in self.tasks.items() if bool((self.choices[where] > 1).all())}
         counts = {name: (round(float(right[where].sum())), len(where)) for name, where in asked.items()}
         chances = {name: float((1 / self.choices[where]).mean()) for name, where in asked.items()}
-        found = {name for name, (correct, of) in counts.items() if covers_chance(correct, of, chances[name])}
+        found = {}
+        for name, chance in chances.items():
+            low, high = accuracy_interval(*counts[name])
+            found[name] = (low, chance, high)
         if len(asked) == len(self.tasks):
             low, high = macro_accuracy_interval([c for c, _ in counts.values()], [n for _, n in counts.values()])
-            if low <= sum(chances.values()) / len(chances) <= high:
-                found.add("")
-        return frozenset(found)
+            found[""] = (low, sum(chances.values()) / len(chances), high)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

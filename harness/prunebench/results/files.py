@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from prunebench.errors import StoreError
 
 
 def read_file(path: Path, within: Path, most: int) -> bytes:
-    """A file's content, if it is a file: neither a pipe, which might never end, nor outside its folder, nor too large.
+    """The content of a file; see `opened` for arguments and errors."""
+    with opened(path, within, most) as file:
+        return file.read(most)
+
+
+@contextmanager
+def opened(path: Path, within: Path, most: int) -> Iterator[BinaryIO]:
+    """A file to read, if it is a file: neither a pipe, which might never end, nor outside its folder, nor too large.
 
     Args:
         path: the file; links are followed as far as they stay inside.
@@ -32,7 +42,7 @@ def read_file(path: Path, within: Path, most: int) -> bytes:
         if status.st_size > most:
             raise ValueError(f"it is larger than {most >> 20} MiB")
         with open(handle, "rb", closefd=False) as file:
-            return file.read(most)
+            yield file
     finally:
         os.close(handle)
 
@@ -54,14 +64,14 @@ def write_text(path: Path, text: str) -> None:
         raise StoreError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def write_aside(folder: Path, content: str | bytes, *, prefix: str = "tmp", durable: bool = True) -> Path:
+def write_aside(folder: Path, content: str | bytes | Iterable[bytes], *, prefix: str = "tmp", durable: bool = True) -> Path:
     """Write a file under a passing name in `folder`, to be moved or linked into place; made if it is not there.
 
     Until it is whole only its owner may read it, and nobody can guess its name.
 
     Args:
         folder: where it will stay.
-        content: all of it.
+        content: all of it, or its parts one after the other.
         prefix: how its name begins, by which whoever left it is known.
         durable: wait until it is on the disk; for what is soon written anew that is too long.
     """
@@ -69,7 +79,9 @@ def write_aside(folder: Path, content: str | bytes, *, prefix: str = "tmp", dura
     with tempfile.NamedTemporaryFile("wb", dir=folder, prefix=prefix, suffix=".tmp", delete=False) as file:
         path = Path(file.name)
         try:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            for part in [content] if isinstance(content, bytes) else content:
+                file.write(part)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

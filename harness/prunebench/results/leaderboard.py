@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -11,21 +12,27 @@ import pandas as pd
 from prunebench.plain import markdown
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
+from prunebench.results.page_text import INTRODUCTION, PUBLISHED, READING
 from prunebench.results.planning import Asked
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
 from prunebench.results.statistics import Difference
 
-_GUESS = " ≈"
-"""Stands behind an accuracy whose interval covers guessing."""
+_GUESS, _BELOW = " ≈", " ↓"
+"""Stand behind an accuracy whose interval covers guessing, and one whose interval lies below it."""
 
 
 def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
     """The page, as `leaderboard.md`, with published numbers beside ours where both are of the same thing."""
-    parts = [_INTRODUCTION]
+    parts = [INTRODUCTION]
     if not board.sections:
         parts.append("There are no results yet: `make leaderboard` runs the quickstart.")
-    parts += [_section_markdown(section) for section in board.sections]
+    anchors = _anchors(board.sections)
+    if len(board.sections) > 1:
+        parts.append(_contents(board, anchors, bool(published)))
+    parts.append(READING)
+    for section, anchor in zip(board.sections, anchors, strict=True):
+        parts.append(f'<a id="{anchor}"></a>\n\n{_section_markdown(section)}')
     if published:
         parts.append(_published_markdown(published))
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
@@ -47,6 +54,7 @@ def columns(section: Section, table: Table) -> list[str]:
         *section.parts,
         "seeds",
         *(["prune s", "peak MiB", "sparsity %", "of all %", "coverage %"] if section.shows_costs else []),
+        *(["trust"] if section.shows_trust else []),
     ]
 
 
@@ -66,7 +74,7 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         "" if row.rank is None else str(row.rank),
         f"{method} (tuned)" if row.tuned else method,
         _value(section, row),
-        _versus(section, row),
+        versus_text(section, row),
         *(
             [_against(section, row, row.control), f"{row.extra_parameters:,}" if row.extra_parameters else ""]
             if table.training
@@ -76,6 +84,7 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
         *(_part(section, row, part) for part in section.parts),
         row.seeds_shown,
         *(costs if section.shows_costs else []),
+        *([row.grade] if section.shows_trust else []),
     ]
 
 
@@ -83,16 +92,21 @@ def _value(section: Section, row: Row) -> str:
     spread = ""
     if row.spread is not None and not math.isnan(row.spread):
         spread = f" ± {value_text(row.spread, True) if section.is_share else number(row.spread, like=row.mean)}"
-    return f"{value_text(row.mean, section.is_share)}{spread}{_GUESS if '' in row.guesses else ''}"
+    return f"{value_text(row.mean, section.is_share)}{spread}{_chance(row, '')}"
 
 
 def _part(section: Section, row: Row, part: str) -> str:
     if part not in row.parts:
         return ""
-    return f"{value_text(row.parts[part], section.is_share)}{_GUESS if part in row.guesses else ''}"
+    return f"{value_text(row.parts[part], section.is_share)}{_chance(row, part)}"
 
 
-def _versus(section: Section, row: Row) -> str:
+def _chance(row: Row, task: str) -> str:
+    """The mark of an accuracy that is no better than guessing."""
+    return _GUESS if task in row.guesses else _BELOW if task in row.below_chance else ""
+
+
+def versus_text(section: Section, row: Row) -> str:
     """The difference from dense with its interval: of perplexities relative, of shares in points."""
     if row.versus is None:
         return _against(section, row, row.dense)
@@ -130,7 +144,7 @@ def _against(section: Section, row: Row, other: float | None) -> str:
 
 
 def _published_markdown(published: Sequence[Beside]) -> str:
-    parts = ["## Published numbers", _PUBLISHED, f"{counts(published)[:1].upper()}{counts(published)[1:]}."]
+    parts = ["## Published numbers", PUBLISHED, f"{counts(published)[:1].upper()}{counts(published)[1:]}."]
     rows = [[markdown(cell) for cell in one.cells()] for one in matched(published)]
     if rows:
         parts.append(pd.DataFrame(rows, columns=list(HEADINGS)).to_markdown(index=False, disable_numparse=True))
@@ -140,7 +154,7 @@ def _published_markdown(published: Sequence[Beside]) -> str:
 def section_notes(section: Section) -> list[str]:
     """What the tables of a section stand for: conditions, recipe, machine, command."""
     conditions = section.conditions
-    told = [_what(conditions), str(conditions.get("dtype")), f"{conditions.get('attention')} attention"]
+    told = [what_was_asked(conditions), str(conditions.get("dtype")), f"{conditions.get('attention')} attention"]
     notes = [f"Evaluation: {', '.join(filter(None, told))} (conditions `{fingerprint(dict(conditions))}`)."]
     if conditions.get("missing"):
         missing = ", ".join(conditions["missing"])
@@ -160,13 +174,15 @@ def section_notes(section: Section) -> list[str]:
         )
     if section.strangers:
         notes.append(f"Of other packages: {', '.join(section.strangers)}.")
+    if section.is_tuning:
+        notes.append("A means, and no result: by these rows on validation text the options of other suites were chosen.")
     notes.append(f"Machine: {section.machine}.")
     if section.suites:
         notes.append("Reproduce: " + ", ".join(f"`prunebench run {suite}`" for suite in section.suites) + ".")
     return notes
 
 
-def _what(conditions: Mapping[str, Any]) -> str:
+def what_was_asked(conditions: Mapping[str, Any]) -> str:
     """What was asked, in a few words; nothing where an evaluation does not say it as the built-in ones do."""
     reads = Asked.by(conditions)
     if reads.windows:
@@ -196,37 +212,60 @@ def number(value: float | None, like: float | None = None) -> str:
     return f"{value:,.0f}" if size >= 10_000 else f"{value:.2f}"
 
 
-_INTRODUCTION = """# prunebench leaderboard
-
-Made by `prunebench report` from the records in `results/`; never edited by hand.
-
-Rows in one table were measured under the same conditions on the same machine, and prunings that used data had the same
-recipe. Several calibration seeds are one row: mean ± standard deviation over seeds. `deterministic` methods use neither data
-nor randomness.
-
-**Ranks are intervals.** Each pair of rows is compared item by item, window by window or question by question, for the same
-seeds: `rank` counts who is significantly better and who significantly worse after Holm's correction over all pairs of a table
-(5%), so rows that share ranks cannot be told apart by this text. Bold: nobody is significantly better. The estimand is *these
-seeds, new text* (documents, or questions within their subjects, are resampled); it says nothing of other calibration seeds,
-whose spread stands behind the ±. `vs dense` gives the paired difference with its 95% interval, of perplexities in per cent, of
-accuracies in points. A row's mean is over all its seeds, a comparison over those that both rows have. `flips %`: questions that
-went from right to wrong / from wrong to right against dense.
-
-Options that differ from a method's defaults are written out; `(tuned)` says that they were chosen on validation text, by the
-records of a suite that are kept too. What was retrained on text has tables of its own: on top the dense model, and the dense
-model after the very same training as a control, since training alone helps a model too; `vs control` compares with that.
-Budgets of training are in the options (`steps`, `batch`), in the suites that ship for small machines far below the papers'.
-
-`sparsity %` is the share of zeros found in the prunable weights (all linear weights of the decoder blocks), `of all %` the
-same zeros as a share of all parameters. `coverage %` is the share of the blocks' parameters that are in matrices the method
-pruned, `extra` how many parameters it added. `prune s` is the whole pruning without loading and evaluation, with the original
-cost of whatever was reused; `peak MiB` the highest memory of the process (of the GPU where there is one) while pruning; a `*`
-marks costs measured while other processes took cores that the run needed. An accuracy with ≈ cannot be told from guessing."""
+def _anchors(sections: Sequence[Section]) -> list[str]:
+    """A name for links to each section: its conditions and recipe, so that it stays when others come."""
+    names: list[str] = []
+    for section in sections:
+        recipe = fingerprint(section.recipe) if section.recipe is not None else "any"
+        name = f"{fingerprint(dict(section.conditions))}-{recipe}"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
 
 
-_PUBLISHED = """Numbers of the papers are kept in `results/published/`. One stands beside ours only where model, method, target,
-every stated condition and the content of the full data set agree; `reproduced` is within 1% of a perplexity, or two standard
-errors of an accuracy. A copy of another paper's number confirms nothing."""
+def _contents(board: Board, anchors: Sequence[str], published: bool) -> str:
+    """Links to all sections; those of one title beneath it, by what tells them apart."""
+    parts = ["## Contents"]
+    linked = list(zip(board.sections, anchors, strict=True))
+    for group, members in groupby(linked, key=lambda one: (one[0].model, one[0].machine, one[0].is_tuning)):
+        parts.append(markdown(f"{group[0]} on {group[1]}{', to choose options' if group[2] else ''}:"))
+        lines = []
+        for title, some in groupby(members, key=lambda one: one[0].title):
+            alike, name = list(some), markdown(title.removeprefix(f"{group[0]}: "))
+            if len(alike) == 1:
+                lines.append(f"- [{name}](#{alike[0][1]}): {_targets(alike[0][0])}")
+            else:
+                names = _apart([section for section, _ in alike])
+                lines.append(f"- {name}")
+                for (section, anchor), told in zip(alike, names, strict=True):
+                    lines.append(f"  - [{markdown(told)}](#{anchor}): {_targets(section)}")
+        parts.append("\n".join(lines))
+    runs = [("Refused runs", board.refused), ("Failed runs", board.failed), ("Outdated runs", board.outdated)]
+    rest = [("Published numbers", published), *runs]
+    links = [f"[{title}](#{title.lower().replace(' ', '-')})" for title, there in rest if there]
+    return "\n\n".join([*parts, *([f"Then: {', '.join(links)}."] if links else [])])
+
+
+def _apart(sections: Sequence[Section]) -> list[str]:
+    """What tells sections of one title apart, in a few words each."""
+    facts = []
+    for section in sections:
+        recipe = section.recipe
+        text = recipe.calibration.name if recipe is not None and recipe.calibration is not None else "nothing"
+        size = f", {recipe.samples} x {recipe.length} tokens" if recipe is not None else ""
+        conditions = f"conditions `{fingerprint(dict(section.conditions))}`"
+        dtype = str(section.conditions.get("dtype"))
+        facts.append((what_was_asked(section.conditions), dtype, f"calibrated on {text}{size}", conditions))
+    several = [len(set(column)) > 1 for column in zip(*facts, strict=True)]
+    several[-1] = several[-1] and not any(several[:2])  # the last resort
+    return [", ".join(fact for fact, differs in zip(own, several, strict=True) if differs) or "the same" for own in facts]
+
+
+def _targets(section: Section) -> str:
+    if section.silence:
+        return "no tables"
+    titles = [target_title(table.target).removesuffix(" unstructured") for table in section.tables]
+    names = [f"{title} retrained" if table.training else title for title, table in zip(titles, section.tables, strict=True)]
+    return markdown(", ".join(dict.fromkeys(names)))
 
 
 def _section_markdown(section: Section) -> str:
@@ -252,7 +291,7 @@ def _section_markdown(section: Section) -> str:
 def table_limits(section: Section, table: Table) -> str | None:
     """What a table can and cannot show."""
     if table.detectable is None:
-        unranked = sum(not math.isnan(row.mean) for row in table.rows if row.method != DENSE)
+        unranked = sum(not math.isnan(row.mean) for row in table.rows if not row.unpruned)
         return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
     if math.isinf(table.detectable):
         return "So few items tell no two rows apart."

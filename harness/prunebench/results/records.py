@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-SCHEMA = 3
+SCHEMA = 4
 """The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""
+
+MASKS = "masks"
+"""The folder of kept masks in a results folder."""
 
 Status = Literal["ok", "refused", "failed"]
 FailureKind = Literal["error", "oom", "timeout", "killed", "nan", "audit"]
@@ -224,6 +227,24 @@ class Failure(_Frozen):
     step: str | None
 
 
+class KeptMasks(_Frozen):
+    """The keep masks of a run, and what else of it was kept: files below the results folder, named by their content."""
+
+    file: str = Field(description="`masks/<hash>.safetensors`, bit-packed; relative to the results folder")
+    hash: str = Field(description="SHA-256 of that file")
+    bytes: int = Field(description="of all files that were kept")
+    weights_file: str | None = Field(default=None, description="the tensors that the method changed beside the masks, likewise")
+    weights_hash: str | None = Field(default=None, description="SHA-256 of that file")
+    note: str | None = Field(default=None, description="why the masks cannot be scored again; None where they can")
+
+    @model_validator(mode="after")
+    def _named_by_content(self) -> Self:
+        for file, digest in ((self.file, self.hash), (self.weights_file, self.weights_hash)):
+            if file != (digest and f"{MASKS}/{digest}.safetensors") or not re.fullmatch("[0-9a-f]{64}", digest or "0" * 64):
+                raise ValueError(f"a file of kept masks is {MASKS}/<its SHA-256>.safetensors")
+        return self
+
+
 def _with_checksum(schema: dict[str, Any]) -> None:
     """The checksum stands in the file only."""
     schema["properties"]["checksum"] = {"type": "string", "description": "SHA-256 of the rest, as canonical JSON"}
@@ -232,7 +253,7 @@ def _with_checksum(schema: dict[str, Any]) -> None:
 class RunRecord(_Frozen):
     """One run and what came out."""
 
-    schema_: Literal[3] = Field(default=3, alias="schema")
+    schema_: Literal[4] = Field(default=4, alias="schema")
     id: str
     machine: str
     spec: RunSpec
@@ -243,6 +264,10 @@ class RunRecord(_Frozen):
     audit: AuditRecord | None = None
     scores: dict[str, ScoreRecord] = Field(default_factory=dict)
     extra_parameters: int = 0
+    masks: KeptMasks | None = Field(default=None, description="what was kept with --keep-masks")
+    rescored_from: str | None = Field(
+        default=None, description="id of the run whose masks were scored; nothing was pruned anew"
+    )
     provenance: Provenance
 
     model_config = ConfigDict(
@@ -275,13 +300,14 @@ class RunRecord(_Frozen):
 def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """A record's data in the present schema; the file stays as it is.
 
-    Schema 1 did not say how a value is made of its items; there was perplexity only. Schema 2 had no predictions.
+    Schema 1 did not say how a value is made of its items; there was perplexity only. Schema 2 had no predictions,
+    schema 3 kept no masks.
     """
     if data["schema"] == 1:
         for score in data.get("scores", {}).values():
             if score.get("conditions", {}).get("eval") == "perplexity":
                 score["sample"] = {"column": "nll", "exponential": True, "documents": "document"}
-    return {**data, "schema": SCHEMA} if data["schema"] in (1, 2) else data
+    return {**data, "schema": SCHEMA} if data["schema"] in (1, 2, 3) else data
 
 
 def eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:

@@ -13,6 +13,7 @@ from prunebench.results.comparison import Answers, Comparison, LoadItems, Measur
 from prunebench.results.ranks import RankInterval, rank
 from prunebench.results.records import RunRecord
 from prunebench.results.statistics import Difference
+from prunebench.results.verdicts import Grade
 
 DENSE = "dense"
 
@@ -40,6 +41,8 @@ class Row:
     coverage: float
     shared_machine: bool
     ids: tuple[str, ...]
+    grade: Grade = "reported"
+    """How far it may be trusted: as its least trusted record."""
     rank: RankInterval | None = None
     """Among the rows of its table that are not dense; None where no test could be made."""
     versus: Difference | None = None
@@ -48,6 +51,10 @@ class Row:
     """Shares of the questions that went from right to wrong and from wrong to right against dense."""
     guesses: frozenset[str] = frozenset()
     """Tasks in which its accuracy cannot be told from that of guessing; the empty name is their mean."""
+    unpruned: bool = False
+    """The dense model, or one that was trained and not pruned: it stands on top of every table of its training."""
+    below_chance: frozenset[str] = frozenset()
+    """Tasks in which it is significantly worse than guessing; the empty name is their mean."""
 
     @property
     def mean(self) -> float:
@@ -162,6 +169,8 @@ class RowBuilder:
             versus=versus.new_items if versus else None,
             flipped=flipped,
             guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
+            unpruned=unpruned,
+            below_chance=frozenset(name for name in answers.below_chance if name or whole) if answers else frozenset(),
         )
 
 

@@ -25,7 +25,8 @@ from prunebench.errors import PrunebenchError, StoreError, WriteError
 from prunebench.plain import plain
 from prunebench.results.files import is_within, read_file, sync_folder, write_aside
 from prunebench.results.items import Columns, apart, read_items
-from prunebench.results.records import SCHEMA, Failure, RunRecord, ScoreRecord, checksum, slug, upgraded
+from prunebench.results.mask_files import MaskFile, read_masks
+from prunebench.results.records import MASKS, SCHEMA, Failure, RunRecord, ScoreRecord, checksum, slug, upgraded
 from prunebench.targets import parse_target
 
 MAX_RECORD_BYTES = 32 << 20
@@ -45,6 +46,12 @@ MOST_REASON = 300
 
 PUBLISHED = "published"
 """Where the papers' numbers are."""
+
+VERDICTS = "verdicts"
+"""Where is kept what was found of records when they were looked at again."""
+
+NO_MACHINES = (PUBLISHED, MASKS, VERDICTS)
+"""Folders in which there are no records."""
 
 Warn = Callable[[str], None]
 
@@ -82,7 +89,7 @@ class ResultStore:
         found = []
         for path in sorted(self.folder.glob("*/*/*.json")):
             top = path.relative_to(self.folder).parts[0]
-            if top == PUBLISHED or top.startswith("."):
+            if top in NO_MACHINES or top.startswith("."):
                 continue
             record = self._read(path)
             if record is not None:
@@ -160,6 +167,14 @@ class ResultStore:
             StoreError: the file is missing, or not the one the record was written with.
         """
         return read_items(self._folder_of(record), score)
+
+    def masks(self, record: RunRecord) -> MaskFile | None:
+        """The keep masks of a run; None where none were kept.
+
+        Raises:
+            StoreError: the file is missing, or not the one the record was written with.
+        """
+        return read_masks(self.folder / record.masks.file, record.masks.hash) if record.masks else None
 
     def _files_of_run(self, machine: str, run_id: str) -> Iterator[Path]:
         return self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json")
@@ -241,9 +256,9 @@ def _readable(record: RunRecord) -> RunRecord:
 
 
 def _machine_folder(machine: str) -> str:
-    """A machine's folder, which is not the papers' whatever the machine is called."""
+    """A machine's folder, which is none of those without records, whatever the machine is called."""
     name = slug(machine)
-    return f"{name}.machine" if name == PUBLISHED else name
+    return f"{name}.machine" if name in NO_MACHINES else name
 
 
 def _run_of(stored: Stored) -> tuple[str, str]:

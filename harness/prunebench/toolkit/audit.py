@@ -73,7 +73,7 @@ class Before:
         self.masks = anatomy.masks.copy()
         self._adapters = len(anatomy.adapters)
         self._tied = anatomy.tied()
-        self._prints = _fingerprints(anatomy)
+        self._prints = fingerprints(anatomy)
         self._copies = {m.name: m.weight.to("cpu", copy=True) for m in anatomy.matrices} if survivors_changed else {}
 
     def weight(self, matrix: LinearMatrix) -> torch.Tensor:
@@ -94,7 +94,7 @@ class Before:
             raise ContractError("the step attached adapters, which it does not declare.")
         if self._anatomy.tied() != self._tied and not (changes & Changes.HEAD and self._head_untied()):
             raise ContractError("the step untied parameters that shared one tensor, or tied others.")
-        now = _fingerprints(self._anatomy)
+        now = fingerprints(self._anatomy)
         for name in sorted(self._prints.keys() | now.keys()):
             if self._prints.get(name) != now.get(name) and not changes & _kind_of(name, self._anatomy):
                 raise ContractError(f"the step changed {name}, which it does not declare.")
@@ -235,7 +235,7 @@ def _check_slabs(matrix: LinearMatrix, gone: torch.Tensor, target: Unstructured,
             )
 
 
-def _fingerprints(anatomy: ModelAnatomy) -> dict[str, bytes]:
+def fingerprints(anatomy: ModelAnatomy) -> dict[str, bytes]:
     """A hash of every parameter and buffer outside the prunable matrices, with its dtype and shape."""
     matrices = {id(matrix.parameter) for matrix in anatomy.matrices}
     tensors = [*anatomy.model.named_parameters(), *anatomy.model.named_buffers()]

@@ -32,14 +32,7 @@ class Divergence(WindowEval):
 
     def measure(self, job: EvalJob) -> Score:
         """Mean divergence and agreement of every window, with the document its first token is in."""
-        dense = job.dense()
-        divergences: list[float] = []
-        agreements: list[float] = []
-        with torch.no_grad():
-            for ids in self.batches(job, models=2):
-                found = _compare(dense, job.model, ids)
-                divergences += found[0].tolist()
-                agreements += found[1].tolist()
+        divergences, agreements = self._compared(job)
         bad = [i for i, divergence in enumerate(divergences) if not math.isfinite(divergence)]
         if bad:
             raise NonFiniteError(
@@ -58,6 +51,22 @@ class Divergence(WindowEval):
             parts={"top-1 agreement": math.fsum(agreements) / len(agreements)},
             sample=Sample("kl", documents="document"),
         )
+
+    def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, list[float | int | str]]:
+        """Only these windows: `kl` and `agreement` as `measure` finds them."""
+        divergences, agreements = self._compared(job, chosen)
+        return {"kl": [*divergences], "agreement": [*agreements]}
+
+    def _compared(self, job: EvalJob, chosen: Sequence[int] | None = None) -> tuple[list[float], list[float]]:
+        dense = job.dense()
+        divergences: list[float] = []
+        agreements: list[float] = []
+        with torch.no_grad():
+            for ids in self.batches(job, models=2, chosen=chosen):
+                found = _compare(dense, job.model, ids)
+                divergences += found[0].tolist()
+                agreements += found[1].tolist()
+        return divergences, agreements
 
 
 def _compare(dense: torch.nn.Module, pruned: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,6 +76,15 @@ class Generation(Eval):
         """Both answers to every question; the value is the mean over tasks of the share produced."""
         tasks = load_tasks(self.tasks, self.limit, Path(job.facts.folder), self.phenomena)
         asked = [(task.name, question) for task in tasks for question in task.questions]
+        return _score(self._answered(job, asked), [len(task.questions) for task in tasks])
+
+    def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, Sequence[float | int | str]]:
+        """Only these questions: columns as `measure` finds them."""
+        tasks = load_tasks(self.tasks, self.limit, Path(job.facts.folder), self.phenomena)
+        asked = [(task.name, question) for task in tasks for question in task.questions]
+        return self._answered(job, [asked[number] for number in chosen])
+
+    def _answered(self, job: EvalJob, asked: Sequence[tuple[str, Question]]) -> dict[str, Sequence[float | int | str]]:
         reader, new_tokens = Reader(job.facts), job.conditions["new_tokens"]
         prompts = [reader.prompt(question, new_tokens) for _, question in asked]
         margins = [values[0] - max(values[1:]) for values in log_likelihoods(job, prompts, reader)]
@@ -88,7 +97,7 @@ class Generation(Eval):
             judge(question, text)
             for (_, question), text in zip(asked, continuations(job, prompts, new_tokens, reader), strict=True)
         ]
-        items: dict[str, Sequence[float | int | str]] = {
+        return {
             "task": [task for task, _ in asked],
             "stratum": [question.stratum for _, question in asked],
             "recognised": [int(margin > 0) for margin in margins],
@@ -98,7 +107,6 @@ class Generation(Eval):
             "answer": [answer.word[:_ANSWER_LENGTH] for answer in answers],
             "margin": [round(margin, 4) for margin in margins],
         }
-        return _score(items, [len(task.questions) for task in tasks])
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,7 @@ class Perplexity(WindowEval):
 
     def measure(self, job: EvalJob) -> Score:
         """Negative log-likelihood of every window, with the document its first token is in."""
-        losses: list[float] = []
-        with torch.no_grad():
-            for ids in self.batches(job):
-                losses += _window_losses(job.model, ids)
+        losses = self._losses(job)
         mean = math.fsum(losses) / len(losses)
         if not math.isfinite(mean):
             bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -46,6 +43,17 @@ class Perplexity(WindowEval):
             "document": self.documents(job),
         }
         return Score(math.exp(mean), "perplexity", False, items, sample=Sample("nll", exponential=True, documents="document"))
+
+    def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, list[float | int | str]]:
+        """Only these windows: `nll` as `measure` finds it."""
+        return {"nll": [*self._losses(job, chosen)]}
+
+    def _losses(self, job: EvalJob, chosen: Sequence[int] | None = None) -> list[float]:
+        losses: list[float] = []
+        with torch.no_grad():
+            for ids in self.batches(job, chosen=chosen):
+                losses += _window_losses(job.model, ids)
+        return losses
 
 
 def _window_losses(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:

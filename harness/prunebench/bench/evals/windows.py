@@ -6,7 +6,7 @@ puts one, at the start of the text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +68,14 @@ class WindowEval(Eval):
         window = self._window(facts, stream)
         return [str(facts.tokenizer.decode(stream.ids[: self._count(stream, window) * window].tolist()))]
 
-    def batches(self, job: EvalJob, models: int = 1) -> Iterator[torch.Tensor]:
-        """The windows in order, [batch, window] on the device, as many at a time as the logits of `models` models allow."""
+    def batches(self, job: EvalJob, models: int = 1, chosen: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """The windows in order, or those with the chosen numbers, [batch, window] on the device, as many at a time as the
+        logits of `models` models allow."""
         stream, _ = self._stream(job.facts)
         window, count = job.conditions["window"], job.conditions["windows"]
         ids = torch.from_numpy(stream.ids[: count * window].reshape(count, window))
+        if chosen is not None:
+            ids, count = ids[list(chosen)], len(chosen)
         vocabulary = int(job.facts.config.get_text_config().vocab_size)
         most = MAX_LOGITS // (models * window * vocabulary)
         batch = max(1, min(paying_batch(job.batch_size, window, job.device), most))

@@ -7,7 +7,7 @@ choice, right answer and likelihoods are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -83,22 +83,43 @@ class ZeroShot(Eval):
 
     def measure(self, job: EvalJob) -> Score:
         """Every question's answer; the value is the mean over members, None where one of a set is missing."""
-        from prunebench.bench.evals.lm_tasks import gold_of, load_tasks, quiet
+        from prunebench.bench.evals.lm_tasks import load_tasks
 
         asked = load_tasks(self.tasks, self.shots, Path(job.facts.folder))
-        items: dict[str, list[float | int | str]] = {name: [] for name in _COLUMNS}
-        with quiet():
-            samples = self._answers(asked, job)
-            for member in asked.members:
-                for name, task in member.tasks.items():
-                    for sample in sorted(samples[name], key=lambda sample: int(sample["doc_id"])):
-                        self._note(items, member.name, task, gold_of(task, sample["doc"]), sample)
+        items = self._asked(asked, job)
         parts = {member.name: _mean(items, member.name) for member in asked.members}
         value = None if asked.missing else math.fsum(parts.values()) / len(parts)
         shown = parts if len(parts) > 1 or asked.missing else {}
         return Score(value, "accuracy", True, items, shown, Sample("right", strata="stratum", tasks="task"))
 
-    def _answers(self, asked: TaskSet, job: EvalJob) -> dict[str, list[dict[str, Any]]]:
+    def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, list[float | int | str]]:
+        """Only these questions, in the order of `measure`: columns as it finds them."""
+        from prunebench.bench.evals.lm_tasks import load_tasks
+
+        asked = load_tasks(self.tasks, self.shots, Path(job.facts.folder))
+        sizes = {name: min(self.limit or len(task.eval_docs), len(task.eval_docs)) for name, task in asked.tasks.items()}
+        every = [(name, number) for name, size in sizes.items() for number in range(size)]
+        wanted: dict[str, list[int]] = {}
+        for name, number in sorted({every[row] for row in chosen}):
+            wanted.setdefault(name, []).append(number)
+        items = self._asked(asked, job, wanted)
+        order = {place: row for row, place in enumerate((name, n) for name in sizes for n in wanted.get(name, ()))}
+        return {column: [values[order[every[row]]] for row in chosen] for column, values in items.items()}
+
+    def _asked(self, asked: TaskSet, job: EvalJob, wanted: dict[str, list[int]] | None = None) -> Columns:
+        """The columns of all questions, or of those with the wanted numbers by task."""
+        from prunebench.bench.evals.lm_tasks import gold_of, quiet
+
+        items: Columns = {name: [] for name in _COLUMNS}
+        with quiet():
+            samples = self._answers(asked, job, wanted)
+            for member in asked.members:
+                for name, task in member.tasks.items():
+                    for sample in sorted(samples.get(name, ()), key=lambda sample: int(sample["doc_id"])):
+                        self._note(items, member.name, task, gold_of(task, sample["doc"]), sample)
+        return items
+
+    def _answers(self, asked: TaskSet, job: EvalJob, wanted: dict[str, list[int]] | None) -> dict[str, list[dict[str, Any]]]:
         import lm_eval
 
         from prunebench.bench.evals.lm_model import ModelInMemory
@@ -108,15 +129,17 @@ class ZeroShot(Eval):
             begin(task, self.shots)
             if isinstance(task, RememberingTask) and not callable(task.config.process_results):
                 task.override_metric(self.metric)  # others cost more requests, and lambada's perplexity may overflow
+        tasks = {name: task for name, task in asked.tasks.items() if wanted is None or name in wanted}
+        limit = None if wanted else self.limit or None
         found = lm_eval.evaluate(
-            ModelInMemory(job), {"tasks": asked.tasks}, limit=self.limit or None, bootstrap_iters=0, log_samples=True
+            ModelInMemory(job), {"tasks": tasks}, limit=limit, samples=wanted, bootstrap_iters=0, log_samples=True
         )
         samples: dict[str, list[dict[str, Any]]] = found["samples"]
         return samples
 
     def _note(
         self,
-        items: dict[str, list[float | int | str]],
+        items: Columns,
         member: str,
         task: Task,
         gold: int | None,
@@ -143,10 +166,12 @@ class ZeroShot(Eval):
         items["likelihoods"].append(" ".join(f"{likelihood:.3f}" for likelihood in likelihoods))
 
 
+Columns = dict[str, list[float | int | str]]
+
 _COLUMNS = ("task", "stratum", "question", "gold", "choice", "right", "choices", "likelihoods")
 
 
-def _mean(items: dict[str, list[float | int | str]], member: str) -> float:
+def _mean(items: Columns, member: str) -> float:
     """The share of right answers of a member."""
     right = [float(answer) for answer, task in zip(items["right"], items["task"], strict=True) if task == member]
     return math.fsum(right) / len(right)

@@ -445,8 +445,9 @@ def test_masks_that_break_the_pattern(forger: Forger) -> None:
         keep[name][0, 4:8] = [True, False, False, False]
 
     forger.masks(forger.path("sparsegpt", 0), change)
-    [finding] = wrong(look(forger.bundle()))
-    assert (finding.field, "keep more than 2 of 4" in finding.message) == (f"audit.matrices.{name}.removed", True)
+    found = wrong(look(forger.bundle()))
+    assert [f.field for f in found if "keep more than 2 of 4" in f.message] == [f"audit.matrices.{name}.removed"]
+    assert {finding.field for finding in found} == {f"audit.matrices.{name}.removed", "masks.weights_file"}
 
 
 def test_kept_weights_that_are_not_zero_where_the_mask_says(forger: Forger) -> None:
@@ -582,6 +583,40 @@ def test_a_replay_catches_masks_that_the_method_does_not_leave(forger: Forger, b
     checks = {finding.check for finding in wrong(found)}
     assert checks == {"replayed answers", "replayed block"}
     assert {finding.field for finding in wrong(found) if finding.check == "replayed block"} == {"masks.file"}
+
+
+def test_a_replay_catches_weights_that_the_method_does_not_leave(forger: Forger, bench: Bench) -> None:
+    """Survivors trained on, say, the evaluation's text: masks, zeros and answers of a model with such weights would all fit."""
+    path = forger.path("sparsegpt", 0)
+    kept = json.loads(path.read_bytes())["masks"]
+    found, metadata = read_tensors(forger.folder / kept["weights_file"], None, "it")
+    tensors = {}
+    for name, tensor in found.items():
+        values = (tensor.content.copy().view(np.float32) * 1.1).astype(np.float32)
+        tensors[name] = Tensor(tensor.dtype, tensor.shape, values.tobytes)
+    (forger.folder / kept["weights_file"]).unlink()
+    _, digest = write_tensors(forger.folder / "masks", tensors, metadata)
+    refer = {"weights_hash": digest, "weights_file": f"masks/{digest}.safetensors"}
+    forger.edit(path, lambda data: data["masks"].update(refer))
+    assert not wrong(look(forger.bundle()))
+    found_again = look(forger.bundle(), model=bench.model, data=(bench.folder,))
+    fields = [finding.field for finding in wrong(found_again) if finding.check == "replayed block"]
+    assert set(fields) == {"masks.weights_file"}
+
+
+def test_what_was_trained_is_checked_at_most(forger: Forger, bench: Bench, tmp_path: Path) -> None:
+    training = f"[training]\nsource = {json.dumps(str(bench.training))}\ntokens = 128\n"
+    evals = [f"perplexity[data={bench.evaluation},window=16,windows=12]"]
+    methods = "magnitude + perp[steps=2,batch=2]"
+    [request] = [r for r in bench.requests(tmp_path, methods, evals=evals, more=training) if r.spec.target != "dense"]
+    record = runner.run(replace(request, keep=Keeping(str(forger.folder), weights=True)), lambda *_: None, "inline")
+    assert record.status == "ok", record.reason
+    ResultStore(forger.folder, pytest.fail).write(record)
+    found = look(forger.bundle(), model=bench.model, data=(bench.folder,))
+    assert not wrong(found)
+    [entry] = [entry for entry in found.entries if entry.record.id == record.id]
+    assert found.grade(entry) == "checked"
+    assert any("trains the model" in sentence for sentence in found.unseen[entry.path])
 
 
 def test_a_replay_catches_tokens_that_the_seed_does_not_draw(forger: Forger, bench: Bench) -> None:

@@ -292,6 +292,17 @@ def drop_tokens(data: Data) -> None:
     data["spec"]["calibration_tokens"] = None
 
 
+def another_column(data: Data) -> None:
+    """The share of equal choices in the place of the divergence: a value that follows from the answers too."""
+    score = data["scores"]["divergence"]
+    score["sample"]["column"] = "agreement"
+    score["value"] = score["parts"]["top-1 agreement"]
+
+
+def upside_down(data: Data) -> None:
+    scores_of(data)["higher_is_better"] = True
+
+
 def negative_phase(data: Data) -> None:
     data["steps"][0]["phases"]["scoring"] = -1.0
 
@@ -323,6 +334,8 @@ def another_step(data: Data) -> None:
             "a sum of the audit": (fake_zeros, "audit.zeros"),
             "a share of the audit": (fake_sparsity, "audit.sparsity_prunable"),
             "all counts of the audit": (fake_counts, "audit.matrices.model.layers.0.self_attn.q_proj.removed"),
+            "another column": (another_column, "scores.divergence.sample"),
+            "another direction": (upside_down, "scores.perplexity.higher_is_better"),
             "no tokens": (drop_tokens, "spec.calibration_tokens"),
             "a negative phase": (negative_phase, "steps.0.phases.scoring"),
             "a run shorter than its steps": (quick_run, "provenance.seconds"),

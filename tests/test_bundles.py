@@ -20,6 +20,7 @@ from support import Bench, Ran, cases, tree
 
 from prunebench.bench import at_hand, runner
 from prunebench.bench.plan import Keeping
+from prunebench.bench.replay_answers import differences
 from prunebench.bench.verifying import Request, verified
 from prunebench.errors import RequestError, StoreError, WriteError
 from prunebench.results import unpacking
@@ -918,3 +919,39 @@ def test_a_record_leads_to_no_file_outside_the_folders_that_were_named(tmp_path:
         assert not list(at_hand._spellings(f"zero_shot[tasks={name}]", [tmp_path / "inside"]))
     assert not list(at_hand._spellings("perplexity[data=owner/name]", [tmp_path])), "nothing is fetched"
     assert list(at_hand._spellings("perplexity[data=wikitext2]", [tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("column", "then", "now", "dtype", "same"),
+    [
+        ("nll", 3.0, 3.0029, "float32", True),
+        ("nll", 3.0, 3.0031, "float32", False),
+        ("nll", 3.0, 3.0085, "bfloat16", True),
+        ("nll", 3.0, 3.0095, "bfloat16", False),
+        ("kl", 0.0, 9e-6, "float32", True),
+        ("kl", 0.0, 2e-5, "float32", False),
+        ("agreement", 0.5, 0.5 + 3 / 15, "float32", True),
+        ("agreement", 0.5, 0.5 + 4 / 15, "float32", False),
+        ("likelihoods", "-10.000 -12.000", "-10.009 -12.000", "float32", True),
+        ("likelihoods", "-10.000 -12.000", "-10.012 -12.000", "float32", False),
+        ("likelihoods", "-10.000 -12.000", "-10.000", "float32", False),
+        ("gold", 1, 0, "float32", False),
+        ("document", 1, 2, "float32", False),
+        ("task", "a", "b", "float32", False),
+    ],
+)
+def test_how_far_answers_may_be_apart(column: str, then: Any, now: Any, dtype: str, same: bool) -> None:
+    found = list(differences({column: [0, then]}, {column: [now]}, [1], dtype, 16))
+    assert [name for name, _ in found] == ([] if same else [column])
+
+
+def test_choices_near_a_tie_may_turn_and_others_may_not() -> None:
+    kept: Any = {"choice": [0, 0], "right": [1, 1], "likelihoods": ["-10.000 -10.001", "-10.000 -11.000"]}
+    turned: Any = {"choice": [1], "right": [0]}
+    assert not list(differences(kept, turned, [0], "float32", 0))
+    assert [name for name, _ in differences(kept, turned, [1], "float32", 0)] == ["choice", "right"]
+    words: Any = {"answer": [f"word {row}" for row in range(60)]}
+    few: Any = {"answer": ["other"] * 3 + [f"word {row}" for row in range(3, 60)]}
+    many: Any = {"answer": ["other"] * 4 + [f"word {row}" for row in range(4, 60)]}
+    assert not list(differences(words, few, range(60), "float32", 0))
+    assert "others in 4 of 60" in next(said for _, said in differences(words, many, range(60), "float32", 0))

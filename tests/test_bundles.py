@@ -20,6 +20,7 @@ from support import Bench, Ran, cases, tree
 
 from prunebench.bench import at_hand, runner
 from prunebench.bench.plan import Keeping
+from prunebench.bench.replay_answers import differences
 from prunebench.bench.verifying import Request, verified
 from prunebench.errors import RequestError, StoreError, WriteError
 from prunebench.results import unpacking
@@ -292,6 +293,17 @@ def drop_tokens(data: Data) -> None:
     data["spec"]["calibration_tokens"] = None
 
 
+def another_column(data: Data) -> None:
+    """The share of equal choices in the place of the divergence: a value that follows from the answers too."""
+    score = data["scores"]["divergence"]
+    score["sample"]["column"] = "agreement"
+    score["value"] = score["parts"]["top-1 agreement"]
+
+
+def upside_down(data: Data) -> None:
+    scores_of(data)["higher_is_better"] = True
+
+
 def negative_phase(data: Data) -> None:
     data["steps"][0]["phases"]["scoring"] = -1.0
 
@@ -323,6 +335,8 @@ def another_step(data: Data) -> None:
             "a sum of the audit": (fake_zeros, "audit.zeros"),
             "a share of the audit": (fake_sparsity, "audit.sparsity_prunable"),
             "all counts of the audit": (fake_counts, "audit.matrices.model.layers.0.self_attn.q_proj.removed"),
+            "another column": (another_column, "scores.divergence.sample"),
+            "another direction": (upside_down, "scores.perplexity.higher_is_better"),
             "no tokens": (drop_tokens, "spec.calibration_tokens"),
             "a negative phase": (negative_phase, "steps.0.phases.scoring"),
             "a run shorter than its steps": (quick_run, "provenance.seconds"),
@@ -445,8 +459,9 @@ def test_masks_that_break_the_pattern(forger: Forger) -> None:
         keep[name][0, 4:8] = [True, False, False, False]
 
     forger.masks(forger.path("sparsegpt", 0), change)
-    [finding] = wrong(look(forger.bundle()))
-    assert (finding.field, "keep more than 2 of 4" in finding.message) == (f"audit.matrices.{name}.removed", True)
+    found = wrong(look(forger.bundle()))
+    assert [f.field for f in found if "keep more than 2 of 4" in f.message] == [f"audit.matrices.{name}.removed"]
+    assert {finding.field for finding in found} == {f"audit.matrices.{name}.removed", "masks.weights_file"}
 
 
 def test_kept_weights_that_are_not_zero_where_the_mask_says(forger: Forger) -> None:
@@ -582,6 +597,40 @@ def test_a_replay_catches_masks_that_the_method_does_not_leave(forger: Forger, b
     checks = {finding.check for finding in wrong(found)}
     assert checks == {"replayed answers", "replayed block"}
     assert {finding.field for finding in wrong(found) if finding.check == "replayed block"} == {"masks.file"}
+
+
+def test_a_replay_catches_weights_that_the_method_does_not_leave(forger: Forger, bench: Bench) -> None:
+    """Survivors trained on, say, the evaluation's text: masks, zeros and answers of a model with such weights would all fit."""
+    path = forger.path("sparsegpt", 0)
+    kept = json.loads(path.read_bytes())["masks"]
+    found, metadata = read_tensors(forger.folder / kept["weights_file"], None, "it")
+    tensors = {}
+    for name, tensor in found.items():
+        values = (tensor.content.copy().view(np.float32) * 1.1).astype(np.float32)
+        tensors[name] = Tensor(tensor.dtype, tensor.shape, values.tobytes)
+    (forger.folder / kept["weights_file"]).unlink()
+    _, digest = write_tensors(forger.folder / "masks", tensors, metadata)
+    refer = {"weights_hash": digest, "weights_file": f"masks/{digest}.safetensors"}
+    forger.edit(path, lambda data: data["masks"].update(refer))
+    assert not wrong(look(forger.bundle()))
+    found_again = look(forger.bundle(), model=bench.model, data=(bench.folder,))
+    fields = [finding.field for finding in wrong(found_again) if finding.check == "replayed block"]
+    assert set(fields) == {"masks.weights_file"}
+
+
+def test_what_was_trained_is_checked_at_most(forger: Forger, bench: Bench, tmp_path: Path) -> None:
+    training = f"[training]\nsource = {json.dumps(str(bench.training))}\ntokens = 128\n"
+    evals = [f"perplexity[data={bench.evaluation},window=16,windows=12]"]
+    methods = "magnitude + perp[steps=2,batch=2]"
+    [request] = [r for r in bench.requests(tmp_path, methods, evals=evals, more=training) if r.spec.target != "dense"]
+    record = runner.run(replace(request, keep=Keeping(str(forger.folder), weights=True)), lambda *_: None, "inline")
+    assert record.status == "ok", record.reason
+    ResultStore(forger.folder, pytest.fail).write(record)
+    found = look(forger.bundle(), model=bench.model, data=(bench.folder,))
+    assert not wrong(found)
+    [entry] = [entry for entry in found.entries if entry.record.id == record.id]
+    assert found.grade(entry) == "checked"
+    assert any("trains the model" in sentence for sentence in found.unseen[entry.path])
 
 
 def test_a_replay_catches_tokens_that_the_seed_does_not_draw(forger: Forger, bench: Bench) -> None:
@@ -870,3 +919,39 @@ def test_a_record_leads_to_no_file_outside_the_folders_that_were_named(tmp_path:
         assert not list(at_hand._spellings(f"zero_shot[tasks={name}]", [tmp_path / "inside"]))
     assert not list(at_hand._spellings("perplexity[data=owner/name]", [tmp_path])), "nothing is fetched"
     assert list(at_hand._spellings("perplexity[data=wikitext2]", [tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("column", "then", "now", "dtype", "same"),
+    [
+        ("nll", 3.0, 3.0029, "float32", True),
+        ("nll", 3.0, 3.0031, "float32", False),
+        ("nll", 3.0, 3.0085, "bfloat16", True),
+        ("nll", 3.0, 3.0095, "bfloat16", False),
+        ("kl", 0.0, 9e-6, "float32", True),
+        ("kl", 0.0, 2e-5, "float32", False),
+        ("agreement", 0.5, 0.5 + 3 / 15, "float32", True),
+        ("agreement", 0.5, 0.5 + 4 / 15, "float32", False),
+        ("likelihoods", "-10.000 -12.000", "-10.009 -12.000", "float32", True),
+        ("likelihoods", "-10.000 -12.000", "-10.012 -12.000", "float32", False),
+        ("likelihoods", "-10.000 -12.000", "-10.000", "float32", False),
+        ("gold", 1, 0, "float32", False),
+        ("document", 1, 2, "float32", False),
+        ("task", "a", "b", "float32", False),
+    ],
+)
+def test_how_far_answers_may_be_apart(column: str, then: Any, now: Any, dtype: str, same: bool) -> None:
+    found = list(differences({column: [0, then]}, {column: [now]}, [1], dtype, 16))
+    assert [name for name, _ in found] == ([] if same else [column])
+
+
+def test_choices_near_a_tie_may_turn_and_others_may_not() -> None:
+    kept: Any = {"choice": [0, 0], "right": [1, 1], "likelihoods": ["-10.000 -10.001", "-10.000 -11.000"]}
+    turned: Any = {"choice": [1], "right": [0]}
+    assert not list(differences(kept, turned, [0], "float32", 0))
+    assert [name for name, _ in differences(kept, turned, [1], "float32", 0)] == ["choice", "right"]
+    words: Any = {"answer": [f"word {row}" for row in range(60)]}
+    few: Any = {"answer": ["other"] * 3 + [f"word {row}" for row in range(3, 60)]}
+    many: Any = {"answer": ["other"] * 4 + [f"word {row}" for row in range(4, 60)]}
+    assert not list(differences(words, few, range(60), "float32", 0))
+    assert "others in 4 of 60" in next(said for _, said in differences(words, many, range(60), "float32", 0))

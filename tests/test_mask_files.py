@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +208,25 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     with files_no_larger_than(100), pytest.raises(WriteError, match="cannot be written"):
         write(tmp_path, some_masks())
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from prunebench.results.tensor_files import Tensor, write_tensors
+
+first = Tensor("U8", (4,), lambda: b"1234")
+second = Tensor("U8", (4,), lambda: os.kill(os.getpid(), signal.SIGKILL))
+write_tensors(Path(sys.argv[1]), {"first": first, "second": second}, {}, "mine-")
+"""
+
+
+def test_a_kill_leaves_no_file_that_is_half_there(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.match("mine-*.tmp")
+    assert stat.S_IMODE(left.stat().st_mode) == 0o600, "nobody else reads what is not whole"
 
 
 def test_content_that_does_not_fit_its_shape_is_not_written(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from prunebench.report.figures import Figures, figures_of
 from prunebench.report.grids import draw_heats, draw_overlap, draw_phases
 from prunebench.report.labels import MISSING, MOST_CHARACTERS, shown
 from prunebench.report.marks import Hollow
-from prunebench.report.matrices import ERROR, Heat, OverlapSquare
+from prunebench.report.matrices import ERROR, SPARSITY, Heat, OverlapSquare
 from prunebench.report.palette import Palette
 from prunebench.report.plots import palette_of, write_covers, write_plots
 from prunebench.results.beside import beside
@@ -130,6 +130,22 @@ def test_names_are_unique_whatever_the_titles(tmp_path: Path) -> None:
     assert len({path.name for path in written}) == 2 * len(titles)
     assert {path.parent for path in written} == {tmp_path}
     assert [path.stem for path in written[:6:2]] == ["overlap-a-b", "overlap-a-b-2", "overlap-a-b-3"]
+
+
+def test_maps_of_one_kind_are_one_picture_and_uniform_sparsity_none(tmp_path: Path) -> None:
+    [heat] = few().heats
+    found = replace(heat, what=SPARSITY)
+    heats = (found, heat, replace(found, method="b"), replace(heat, method="b"), replace(heat, title="other"))
+    flat = replace(found, title="flat", values=np.array([[50.0, 50.1], [50.2, np.nan]]))
+    written = write_plots(Figures((), (*heats, flat), ()), tmp_path)
+    assert [path.name for path in written[::2]] == ["found-tiny.svg", "error-tiny.svg", "error-other.svg"]
+
+
+def test_seconds_of_the_same_runs_are_drawn_once(tmp_path: Path) -> None:
+    [section] = figures(losses("wanda", "0.5", 0, 0.2)).sections
+    again = replace(section, tradeoffs=(), curves=None)
+    written = write_plots(Figures((again, again), (), ()), tmp_path)
+    assert [path.name[:6] for path in written] == ["phases"] * 2
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:

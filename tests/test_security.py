@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import hashlib
 import io
 import json
@@ -216,6 +217,9 @@ def test_a_hostile_record_shows_text_on_a_page(hostile: Path, tmp_path: Path, co
     page, picture = tmp_path / "board.md", tmp_path / "board.svg"
     assert command("report", "--results", hostile, "--out", page, "--picture", picture).code == 0
     text = page.read_text(encoding="utf-8")
+    own = r"[0-9a-f]{8}-(?:[0-9a-f]{8}|any)(?:-\d+)?|(?:refused|failed|outdated)-runs"
+    text = re.sub(rf"(?m)^<a id=\"(?:{own})\"></a>$", "", text)  # the page's own anchors, and its links to them
+    text = re.sub(rf"\]\(#(?:{own})\)", "", text)
     seen(text)
     assert "<" not in text
     assert "alert(1)" in text
@@ -229,6 +233,22 @@ def test_a_hostile_record_shows_text_on_a_page(hostile: Path, tmp_path: Path, co
     assert not drawn.getElementsByTagName("image")
     assert not [a for a in drawn.getElementsByTagName("a") if a.hasAttribute("href") or a.hasAttribute("xlink:href")]
     seen("".join(node.data for tag in drawn.getElementsByTagName("text") for node in tag.childNodes).replace("\xa0", " "))
+
+
+def test_a_hostile_record_shows_text_in_files_for_programs(hostile: Path, tmp_path: Path, command: Callable[..., Ran]) -> None:
+    sheet, tables, data = tmp_path / "board.csv", tmp_path / "board.tex", tmp_path / "board.json"
+    assert command("report", "--results", hostile, "--csv", sheet, "--latex", tables, "--json", data).code == 0
+    lines = list(csv.reader(sheet.read_text(encoding="utf-8").splitlines()))
+    assert len({len(line) for line in lines}) == 1
+    for cell in (cell for line in lines for cell in line):
+        assert not cell.startswith(("=", "+", "@")), cell
+    assert tables.read_bytes().isascii()
+    assert not re.search(r"\\(?:input|include|write|def|catcode)\b", tables.read_text())
+    assert json.loads(data.read_text(encoding="utf-8"))["sections"]
+    assert command("export", tmp_path / "set", "--results", hostile).code == 0
+    card = (tmp_path / "set" / "README.md").read_text(encoding="utf-8")
+    seen(card)
+    assert "<" not in card
 
 
 ODD: list[Any] = [0, -1, 1e308, 10**29, 10**400, None, "", "nan", HOSTILE, [], {"a": [HOSTILE]}, "0:0", "1e999"]

@@ -26,6 +26,7 @@ from prunebench.bench.specs import eval_facts
 from prunebench.errors import AuditError, StoreError, described
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.records import EvalSpec, ScoreRecord
+from prunebench.results.tensor_files import Found, read_tensors
 from prunebench.spec import EvalJob, JsonDict, Progress
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
@@ -201,8 +202,12 @@ class Replay:
                 raise CannotReplay("its calibration text is not at hand, so no block was pruned again.")
         arrays = {**request.tokens, "calibration": tokens.array if tokens else None}
         again = replace(request, tokens=arrays, rescoring=None)
-        done, wrong = replay_block(again, entry.record, masks, draw, self._progress)
-        found.findings += [entry.finding(BLOCK, "masks.file", said) for said in wrong]
+        kept, weights = entry.record.masks, dict[str, Found]()
+        if kept is not None and kept.weights_file is not None:
+            path = entry.store.folder / kept.weights_file
+            weights, _ = read_tensors(path, kept.weights_hash, "the file of kept weights")
+        done, wrong = replay_block(again, entry.record, masks, weights, draw, self._progress)
+        found.findings += [entry.finding(BLOCK, name, said) for name, said in wrong]
         found.pruned = True
         if not wrong:
             found.done.append(done)

@@ -1,4 +1,4 @@
-"""One block pruned again by the method's own code, up to there, and its masks compared with those that were kept.
+"""One block pruned again by the method's own code, up to there, and its masks and weights compared with those that were kept.
 
 A method whose walk can be left behind a block (`Claims.BLOCKWISE`) is stopped there, by the door through which runs leave
 checkpoints. Another is run to its end where the model is small. What was trained is not made again.
@@ -7,11 +7,13 @@ checkpoints. Another is run to its end where the model is small. What was traine
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import torch
 
 from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.machine import package_versions
+from prunebench.bench.mask_bank import NAMES
 from prunebench.bench.measure import free_bytes
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.workplace import set_up
@@ -21,6 +23,7 @@ from prunebench.options import parse_step
 from prunebench.plugins import load_registry
 from prunebench.results.mask_files import MaskFile
 from prunebench.results.records import RunRecord
+from prunebench.results.tensor_files import Found
 from prunebench.spec import Changes, Claims, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import parse_target
 from prunebench.toolkit.adapter_files import load_adapters
@@ -31,6 +34,10 @@ from prunebench.toolkit.stream import evaluating
 
 SMALL = 50_000_000
 """Prunable weights of a model on which a method that cannot be stopped is run to its end."""
+
+LEAST = 1e-3
+"""Of the norm of a matrix: kept weights may be so far from those that the method leaves; on another kind of machine as far as
+the share of its mask."""
 
 FEW = 2
 """Entries that may differ whatever the size."""
@@ -72,12 +79,17 @@ class _StopBehind:
 
 
 def replay_block(
-    request: RunRequest, record: RunRecord, masks: MaskFile, draw: random.Random, progress: Progress
-) -> tuple[str, list[str]]:
+    request: RunRequest,
+    record: RunRecord,
+    masks: MaskFile,
+    weights: Mapping[str, Found],
+    draw: random.Random,
+    progress: Progress,
+) -> tuple[str, list[tuple[str, str]]]:
     """Prune again up to a block that is drawn.
 
     Returns:
-        What was done, and for each matrix with too many other entries what is wrong.
+        What was done, and for each matrix with too many other entries, or too different weights, the field and what is wrong.
 
     Raises:
         CannotReplay: the method cannot be stopped, was trained, or is another than here.
@@ -85,9 +97,9 @@ def replay_block(
     pruners = _pruners(record)
     masking = [number for number, pruner in enumerate(pruners) if pruner.changes() & Changes.MASKS]
     last = masking[-1]
-    trained = [pruner.name for pruner in pruners[: last + 1] if pruner.needs() & Needs.TRAINING]
+    trained = [pruner.name for pruner in pruners if pruner.needs() & Needs.TRAINING]
     if trained:
-        raise CannotReplay(f"{trained[0]} trains before the masks are settled, so no block was pruned again.")
+        raise CannotReplay(f"{trained[0]} trains the model, which was not done again, so no block was compared.")
     progress("load", 0, 1)
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = find_anatomy(model)
@@ -110,7 +122,9 @@ def replay_block(
         except _Stopped:
             break
     share = _allowed(record, request)
-    return f"block {block} of {len(anatomy.blocks)}", _wrong(anatomy, block, masks, share)
+    wrong = [("masks.file", said) for said in _wrong(anatomy, block, masks, share)]
+    wrong += [("masks.weights_file", said) for said in _changed(anatomy, block, weights, share)]
+    return f"block {block} of {len(anatomy.blocks)}", wrong
 
 
 _OUTSIDE = Changes.HEAD | Changes.ADAPTER
@@ -140,6 +154,27 @@ def _allowed(record: RunRecord, request: RunRequest) -> float:
     if same:
         return NEAR
     return FAR if record.spec.model.dtype in ("float32", "float64") else COARSE
+
+
+def _changed(anatomy: ModelAnatomy, block: int, weights: Mapping[str, Found], share: float) -> list[str]:
+    """Matrices of a block whose kept weights are too far from those that the method leaves, by their norm."""
+    found, most = [], max(LEAST, share)
+    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    for matrix in anatomy.blocks[block].matrices:
+        kept = weights.get(f"{matrix.name}.weight")
+        if kept is None:
+            continue
+        mine = matrix.parameter.detach().cpu().double()
+        if kept.shape != tuple(mine.shape):
+            found.append(f"has weights of another shape of {matrix.name}")
+            continue
+        theirs = torch.from_numpy(kept.content.copy()).view(dtypes[kept.dtype]).view(kept.shape).double()
+        apart = float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
+        if not apart <= most:  # also where it is not a number
+            found.append(
+                f"has weights of {matrix.name} that are {apart:.2%} from those that the method leaves, more than {most:.1%}"
+            )
+    return found
 
 
 def _wrong(anatomy: ModelAnatomy, block: int, masks: MaskFile, share: float) -> list[str]:

@@ -134,7 +134,7 @@ def common_handles(dense: float | None, published: Sequence[Hollow]) -> list[Lin
     """The legend's entries for dense and for the papers."""
     handles = []
     if dense is not None:
-        handles.append(Line2D([], [], label=f"dense {number(dense)}", **_DENSE))
+        handles.append(Line2D([], [], label=f"dense {number(dense) if dense else 0}", **_DENSE))
     if published:
         papers = "; ".join(dict.fromkeys(hollow.label for hollow in published))
         hollow = MarkStyle(TEXT, "o", "full", "").hollow()

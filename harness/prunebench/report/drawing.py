@@ -51,13 +51,13 @@ def draw_tradeoff(panels: Sequence[Tradeoff], palette: Palette) -> Figure:
     figure.axes[0].set_ylabel(quality_label(first.quality, first.higher_is_better))
     controls = {mark.method for mark in first.marks if mark.is_control}
     handles = [_entry(styles[method], " (control)" if method in controls else "") for method in methods]
-    notes = ["Thin lines: 95% intervals against dense."]
+    notes = [_band_note(first.marks)]
     if any(one.front for one in panels):
         handles.append(Line2D([], [], color=TEXT, linewidth=0.9, label="non-dominated"))
     if any(mark.shared_machine for mark in first.marks):
         notes.append("Pale: costs of a shared machine, which decide nothing.")
     if controls:
-        notes.append("A control prunes nothing and is beside the question.")
+        notes.append("Controls prune nothing and stand in no front.")
     handles += common_handles(first.dense, first.published)
     return finish(figure, first.title, [first.subtitle, " ".join(notes)], handles)
 
@@ -93,7 +93,14 @@ def draw_curves(curves: Curves, palette: Palette, training: str | None) -> Figur
     handles = [_entry(styles[curve.method], linestyle="-" if len(curve.points) > 1 else "none") for curve in chosen]
     title = curves.title if training is None else f"{curves.title}, retrained on {training}"
     handles += common_handles(curves.dense, published)
-    return finish(figure, title, [curves.subtitle, "Bands and thin lines: 95% intervals against dense."], handles)
+    return finish(figure, title, [curves.subtitle, _band_note(marks)], handles)
+
+
+def _band_note(marks: Sequence[Mark]) -> str:
+    with_band = sum(mark.low < mark.high for mark in marks)
+    if not with_band:
+        return "No intervals: the answers were not compared with dense's one by one."
+    return "Bands and thin lines: 95% intervals against dense."
 
 
 def _entry(style: MarkStyle, more: str = "", **changes: Any) -> Line2D:

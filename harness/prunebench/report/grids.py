@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from prunebench.report.axes import value_axis
@@ -91,8 +92,10 @@ def draw_overlap(square: OverlapSquare) -> Figure:
     """How far masks agree, each two of them."""
     count = len(square.labels)
     labels = [f"{shown(label, 52)}  {index + 1}" for index, label in enumerate(square.labels)]
-    figure = Figure(layout="constrained")
-    figure.set_size_inches(WIDTH, min(0.34 * count, WIDTH - 0.95 - 0.062 * max(map(len, labels))) + 0.8)
+    beside = 0.062 * max(map(len, labels))
+    width = min(WIDTH, beside + 0.65 * count + 1.1)
+    figure = Figure(layout=ConstrainedLayoutEngine(rect=(0, 0, width / WIDTH, 1)))
+    figure.set_size_inches(WIDTH, min(0.34 * count, WIDTH - 0.95 - beside) + 0.8)
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(square.values), norm=Normalize(0, 1), aspect="auto", **_MAP)
     for row, column in np.ndindex(square.values.shape if count <= MOST_NUMBERED else (0, 0)):
@@ -103,8 +106,9 @@ def draw_overlap(square: OverlapSquare) -> Figure:
     axes.set_yticks(range(count), labels)
     axes.set_xticks(range(count), [str(index + 1) for index in range(count)])
     bare(axes)
-    _colour_bar(figure, image, [axes], "removed by both, of removed by either")
-    note = f"Jaccard index of the weights that are removed; of random masks {square.chance:.2f}. Machine {square.machine}."
+    _colour_bar(figure, image, [axes], "Jaccard index")
+    what = "Of the weights that either mask removes, the share that both remove"
+    note = f"{what}; of random masks {square.chance:.2f}. Machine {square.machine}."
     return finish(figure, f"Overlap of masks: {square.title}", [note], [])
 
 

@@ -80,8 +80,7 @@ def heats_of(records: Sequence[RunRecord], masks: Masks, load: LoadItems) -> Ite
         for line in lines:
             audits = [run.audit for run in line.runs if run.audit is not None]
             found = [{one.name: 100 * one.zeros / math.prod(one.shape) for one in audit.matrices} for audit in audits]
-            if line.runs[0].spec.target != DENSE:
-                yield from _heat(line, SPARSITY, found)
+            yield from _heat(line, SPARSITY, found)
             errors = [_errors(run, load) for run in line.runs]
             yield from _heat(line, ERROR, [one for one in errors if one])
         kept = [(line.label, *next(iter(own.values()))) for line in lines if (own := _kept(line, masks))][:MOST_MASKS]
@@ -173,10 +172,10 @@ class _Line:
 
 
 def _lines(records: Iterable[RunRecord]) -> list[list[_Line]]:
-    """By model, machine and target, the rows with their runs in the order of their seeds."""
+    """By model, machine and target, the rows that were pruned, with their runs in the order of their seeds."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], list[RunRecord]]] = {}
     for record in sorted(records, key=lambda record: (seed_order(record), record.provenance.started, record.id)):
-        if record.status == "ok":
+        if record.status == "ok" and record.spec.target != DENSE:
             spec = record.spec
             group = groups.setdefault((spec.model.name, spec.model.weights, record.machine, spec.target), {})
             group.setdefault((spec.method, fingerprint(spec.recipe)), []).append(record)

@@ -82,6 +82,7 @@ def palette_of(figures: Figures) -> Palette:
 
 def _drawn(figures: Figures, palette: Palette) -> Iterator[tuple[str, Figure]]:
     """A name and a picture, one after the other, so that one at a time is in memory."""
+    timed: set[tuple[tuple[str, ...], ...]] = set()
     for section in figures.sections:
         for panels in _tables(section.tradeoffs):
             yield f"tradeoff-{panels[0].title}", draw_tradeoff(panels, palette)
@@ -89,12 +90,12 @@ def _drawn(figures: Figures, palette: Palette) -> Iterator[tuple[str, Figure]]:
             for training in _trainings(section.curves):
                 yield f"sparsity-{section.curves.title}", draw_curves(section.curves, palette, training)
         for bars in section.phases:
-            yield f"phases-{bars.title}", draw_phases(bars)
-    for (what, title, _), heats in groupby(figures.heats, key=lambda heat: (heat.what, heat.title, heat.machine)):
-        telling = [heat for heat in heats if what != SPARSITY or _spread(heat) > UNIFORM]
-        if telling:
-            kind = {SPARSITY: "found", OVERLAP: "overlap-by-matrix"}.get(what, "error")
-            yield f"{kind}-{title}", draw_heats(telling[:MOST_MAPS])
+            if bars.ids not in timed:  # the same runs, scored otherwise
+                timed.add(bars.ids)
+                yield f"phases-{bars.title}", draw_phases(bars)
+    for heats in _panels(figures.heats):
+        kind = {SPARSITY: "found", OVERLAP: "overlap-by-matrix"}.get(heats[0].what, "error")
+        yield f"{kind}-{heats[0].title}", draw_heats(heats[:MOST_MAPS])
     for square in figures.overlaps:
         yield f"overlap-{square.title}", draw_overlap(square)
 
@@ -102,6 +103,15 @@ def _drawn(figures: Figures, palette: Palette) -> Iterator[tuple[str, Figure]]:
 def _tables(tradeoffs: Sequence[Tradeoff]) -> list[list[Tradeoff]]:
     """The trade-offs of each table together."""
     return [list(found) for _, found in groupby(tradeoffs, key=lambda one: (one.title, one.marks[0].trained))]
+
+
+def _panels(heats: Sequence[Heat]) -> list[list[Heat]]:
+    """The heat maps of each picture: of one kind, model, target and machine, if there is anything to see."""
+    found: dict[tuple[str, str, str], list[Heat]] = {}
+    for heat in heats:
+        if heat.what != SPARSITY or _spread(heat) > UNIFORM:
+            found.setdefault((heat.what, heat.title, heat.machine), []).append(heat)
+    return list(found.values())
 
 
 def _trainings(curves: Curves) -> list[str | None]:

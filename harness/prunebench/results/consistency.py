@@ -10,7 +10,7 @@ from typing import Any
 
 from prunebench.results.findings import Entry, Finding, is_pruned
 from prunebench.results.items import Columns
-from prunebench.results.records import EvalSpec, RunRecord, ScoreRecord, slug
+from prunebench.results.records import EvalSpec, RunRecord, SampleRecord, ScoreRecord, slug
 
 COMMON = ("eval", "weights", "tokenizer", "dtype", "attention", "prunable")
 """Conditions of every evaluation."""
@@ -23,6 +23,16 @@ REQUIRED = {
     "generation": ("data", "content", "questions", "tasks", "recognition", "production", "new_tokens", "normalisation"),
 }
 """Further conditions of the built-in evaluations: without one of them two values could not be compared."""
+
+MADE = {
+    "perplexity": ("perplexity", False, SampleRecord(column="nll", exponential=True, documents="document")),
+    "divergence": ("KL, nats", False, SampleRecord(column="kl", documents="document")),
+    "zero_shot": ("accuracy", True, SampleRecord(column="right", strata="stratum", tasks="task")),
+    "generation": ("accuracy", True, SampleRecord(column="produced", strata="stratum", tasks="task")),
+    "layer_error": ("relative error", False, None),
+}
+"""Unit, direction and making of the values of built-in evaluations: with another column another value would follow from the
+answers."""
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -75,6 +85,18 @@ def conditions(entry: Entry) -> Iterator[Finding]:
             yield entry.finding("conditions", "scores", f"lack {lacking[0]!r}, which the spec asks for")
     for number, spec in enumerate(record.spec.evals):
         yield from _complete(entry, f"spec.evals.{number}.conditions", spec)
+
+
+def making(entry: Entry) -> Iterator[Finding]:
+    """A built-in evaluation's value is made of its answers as it makes it, and no other way."""
+    for name, score in entry.record.scores.items():
+        made = MADE.get(str(score.conditions.get("eval")))
+        if made is None:
+            continue
+        for field, wanted in zip(("unit", "higher_is_better", "sample"), made, strict=True):
+            if getattr(score, field) != wanted:
+                said = f"is {_short(getattr(score, field))}, and that evaluation's is {_short(wanted)}"
+                yield entry.finding("conditions", f"scores.{name}.{field}", said)
 
 
 def _complete(entry: Entry, where: str, spec: EvalSpec) -> Iterator[Finding]:

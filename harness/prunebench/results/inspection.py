@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 ALONE: dict[str, tuple[Check, ...]] = {
     "place": (consistency.place,),
     "steps": (consistency.steps,),
-    "conditions": (consistency.conditions, consistency.counts),
+    "conditions": (consistency.conditions, consistency.making, consistency.counts),
     "tokens": (consistency.recipe,),
     "arithmetic": (recomputed.scores,),
     "answers": (recomputed.answers,),

@@ -181,7 +181,7 @@ def questions(near: Neighbours) -> Iterator[Finding]:
 def matrices(near: Neighbours) -> Iterator[Finding]:
     """One model has one set of matrices and one number of parameters."""
     shapes: dict[str, Entry] = {}
-    sizes: dict[str, tuple[int, Entry]] = {}
+    sizes: dict[tuple[str, str], tuple[int, Entry]] = {}
     for entry in near.all():
         audit, weights = entry.record.audit, entry.record.spec.model.weights
         if audit is None:
@@ -193,12 +193,16 @@ def matrices(near: Neighbours) -> Iterator[Finding]:
             name = next(name for name in (*mine, *theirs) if mine.get(name) != theirs.get(name))
             said = f"is {mine.get(name)}, and {theirs.get(name)} of the same model in {shapes[weights].label}"
             yield entry.finding("plausible", f"audit.matrices.{name}.shape", said)
-        if audit.sparsity_total and not entry.record.extra_parameters:
-            total = round(audit.zeros / audit.sparsity_total)
-            known, other = sizes.setdefault(weights, (total, entry))
+        pruned = sum(rows * columns for rows, columns in (matrix.shape for matrix in audit.matrices if matrix.removed))
+        for field, above in (("sparsity_total", audit.zeros), ("coverage", pruned)):
+            share = getattr(audit, field)
+            if not share or (entry.record.extra_parameters and field == "sparsity_total"):
+                continue
+            total = round(above / share)
+            known, other = sizes.setdefault((weights, field), (total, entry))
             if known != total:
                 said = f"tells of {total} parameters, and {other.label} of {known} of the same model"
-                yield entry.finding("plausible", "audit.sparsity_total", said)
+                yield entry.finding("plausible", f"audit.{field}", said)
 
 
 def better_than_dense(near: Neighbours) -> Iterator[Finding]:

@@ -1,9 +1,9 @@
 """A sample of a run's answers, given again by its pruned model and compared with those that were kept.
 
-Windows may differ by `RELATIVE`: batch sizes and numbers of threads change last bits (none at all with the quickstart's model on
-one CPU), other kernels more; a forger who shifts every window by so much gains 0.4% of a perplexity of 50. In 16-bit types it
-is three times as much: that model in bfloat16 instead of float32 moves a window by up to 4e-4, and deeper ones round more often.
-Where two answers are as likely as that, either may be chosen.
+Windows may differ by `RELATIVE`: batch sizes and numbers of threads change last bits (none with the quickstart's model on one
+CPU), other kernels more; a forger who shifts every window by so much gains 0.4% of a perplexity of 50. In 16-bit types it
+is three times as much: that model in bfloat16 instead of float32 moves a window by up to 4e-4, and deeper ones round
+more often. Where two answers are as likely as that, either may be chosen.
 """
 
 from __future__ import annotations

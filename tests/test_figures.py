@@ -66,7 +66,10 @@ def front_by_definition(marks: Sequence[Mark], cost: str, higher: bool) -> set[s
     able = [
         one
         for one in marks
-        if one.target != "dense" and not one.shared_machine and one.cost(cost) is not None and not math.isnan(one.value)
+        if one.target != "dense"
+        and not (one.shared_machine and cost == SPEED_UP)
+        and one.cost(cost) is not None
+        and not math.isnan(one.value)
     ]
     found = set()
     for one in able:
@@ -117,13 +120,15 @@ def test_the_front_by_hand() -> None:
     assert front_of([], PRUNE_SECONDS, False) == ()
 
 
-def test_costs_of_a_shared_machine_decide_nothing() -> None:
-    best = mark("best", 40.0, 1.0)
-    assert front_of([best, mark()], PRUNE_SECONDS, False) == ("best",)
-    assert front_of([replace(best, shared_machine=True), mark()], PRUNE_SECONDS, False) == ("wanda",)
+def test_a_shared_machine_only_adds_to_costs() -> None:
+    """What it beats with them is beaten; of a speed-up nothing is known."""
+    best = mark("best", 40.0, 1.0, speedup=2.0, shared_machine=True)
+    other = mark(speedup=1.5)
+    assert front_of([best, other], PRUNE_SECONDS, False) == ("best",)
+    assert front_of([best, other], SPEED_UP, False) == ("wanda",)
     [shared] = only_section(losses("wanda", "0.5", 0, 0.1, shared_machine=True)).tradeoffs[:1]
     assert [one.shared_machine for one in shared.marks] == [True]
-    assert shared.front == ()
+    assert shared.front == ("wanda",)
 
 
 # Bands

@@ -231,7 +231,7 @@ def _front(figure: Tradeoff, paid: dict[str, float]) -> Chart:
 def _cost_line(mark: Mark, cost: str, on_front: bool) -> str:
     paid = mark.cost(cost) or 0.0
     told = {PRUNE_SECONDS: f"{paid:.2f} s", PEAK_MIB: f"{paid:.0f} MiB", SPEED_UP: f"{paid:.2f} times"}[cost]
-    shared = "; measured on a shared machine, so it decides nothing" if mark.shared_machine else ""
+    shared = "; measured on a shared machine, so this is the most it can be" if mark.shared_machine else ""
     return f"{COST_TITLES[cost].lower()} {told}{'; nobody is better in both' if on_front else ''}{shared}"
 
 

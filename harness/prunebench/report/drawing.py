@@ -55,7 +55,7 @@ def draw_tradeoff(panels: Sequence[Tradeoff], palette: Palette) -> Figure:
     if any(one.front for one in panels):
         handles.append(Line2D([], [], color=TEXT, linewidth=0.9, label="non-dominated"))
     if any(mark.shared_machine for mark in first.marks):
-        notes.append("Pale: costs of a shared machine, which decide nothing.")
+        notes.append("Pale: measured on a shared machine, so this is the most it can have cost.")
     if controls:
         notes.append("Controls prune nothing and stand in no front.")
     handles += common_handles(first.dense, first.published)

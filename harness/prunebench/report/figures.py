@@ -2,8 +2,8 @@
 
 A figure says what the records say: a band is the interval of the paired difference from dense laid on dense's value, a front
 is who is beaten by nobody in both quality and cost. Controls (a dense model after the same training) are shown and stand in no
-front. Costs measured on a shared machine are shown, and decide nothing: such a mark is in no front, and drives nobody out of
-one. What has no value or no cost is in no picture of it; the tables have it.
+front. Costs measured on a shared machine are the most that they can have been (`front_of`). What has no value or no cost is in
+no picture of it; the tables have it.
 """
 
 from __future__ import annotations

@@ -74,9 +74,10 @@ class Hollow:
 def front_of(marks: Iterable[Mark], cost: str, higher_is_better: bool) -> tuple[str, ...]:
     """The methods that nobody beats: no other is as good in quality and cost and better in one of them.
 
-    Means decide, not bands, so a neighbour of the front may be as good. Controls, and marks whose costs were measured on a
-    shared machine, neither stand in the front nor keep others out of it; nor does what has no such number. Of marks that are
-    equal in both all stand there.
+    Means decide, not bands, so a neighbour of the front may be as good. Sharing a machine only adds to the costs of pruning, so
+    whom such a mark beats is beaten, and where none beats it none does; beaten itself, it is left open. Of speed-ups that is
+    not so: there it neither stands in the front nor keeps others out of it. Nor do controls, and what has no such number. Of
+    marks that are equal in both all stand there.
 
     Args:
         marks: of one table.
@@ -86,7 +87,9 @@ def front_of(marks: Iterable[Mark], cost: str, higher_is_better: bool) -> tuple[
     places = {}
     for mark in marks:
         paid = mark.cost(cost)
-        if not mark.is_control and not mark.shared_machine and paid is not None and math.isfinite(paid + mark.value):
+        if mark.is_control or (mark.shared_machine and cost == SPEED_UP):
+            continue
+        if paid is not None and math.isfinite(paid + mark.value):
             places[mark.method] = (-paid if cost == SPEED_UP else paid, -mark.value if higher_is_better else mark.value)
     front, least = [], math.inf
     for place in sorted(set(places.values())):  # by cost, so that only quality is left to be beaten

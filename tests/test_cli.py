@@ -424,7 +424,7 @@ def test_one_command_warns_once_of_a_broken_record(done: list[RunRecord], comman
 def test_checkpoints_are_found_from_any_folder(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = ResultStore(Path("results"), pytest.fail)
-    [request] = _limited(bench.requests(tmp_path, "magnitude"), store, timeout=None, memory=None, checkpoint_every=1)
+    [request] = _limited(bench.requests(tmp_path, "magnitude"), store, timeout=None, memory=None, checkpoint_every=1, keep=None)
     assert Path(request.checkpoints or "").parent == tmp_path / "results" / ".journal"
 
 

@@ -447,6 +447,9 @@ def test_what_is_certain_and_small_counts_only_from_what_was_asked_on() -> None:
     found = changes(Folder(before, own), Folder(after, own), least=0.3)
     assert (only(found).outcome, only(found).notes) == ("within noise", ("beyond noise, and below 0.3",))
     assert outcomes(changes(Folder(before, own), Folder(after, own), least=0.19)) == {"worsened": 1}, "0.2% of a perplexity"
+    twice = [measured(losses(2, math.log(2), noise=0.0001))]
+    assert outcomes(changes(Folder(twice, own), Folder(before, own), least=49)) == {"improved": 1}, "half of what it was"
+    assert outcomes(changes(Folder(twice, own), Folder(before, own), least=51)) == {"within noise": 1}
     few, many = [answered([1] * 60 + [0] * 140)], [answered([1] * 120 + [0] * 80)]
     assert outcomes(changes(Folder(many, own), Folder(few, own), least=29.9)) == {"worsened": 1}, "30 points"
     assert outcomes(changes(Folder(many, own), Folder(few, own), least=30.1)) == {"within noise": 1}

@@ -352,6 +352,12 @@ def test_covers_are_of_the_section_with_most_points(tmp_path: Path) -> None:
     assert write_covers(figures(one[0]), tmp_path / "none") == []
 
 
+def test_covers_of_nothing_but_retrained_rows(tmp_path: Path) -> None:
+    methods = ("wanda + perp", "magnitude + perp")
+    made = [make_record(make_spec(m, target, 0, recipe=TRAINED), 60.0) for target in ("0.5", "0.6") for m in methods]
+    assert len(write_covers(figures(*made), tmp_path)) == 2
+
+
 def test_the_readme_shows_the_committed_pictures() -> None:
     text = (TOP / "README.md").read_text(encoding="utf-8")
     for name in ("tradeoff.svg", "sparsity.svg"):

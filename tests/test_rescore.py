@@ -190,6 +190,7 @@ def test_a_new_run_gives_what_scoring_again_gave(run: Callable[..., Ran], rescor
     run("--keep-masks", methods=("wanda",))
     rescore("--all")
     again = records()["again wanda"]
+    assert again.provenance.suite == records()["wanda"].provenance.suite, "a tuning suite's runs stay a means"
     use = f"perplexity[data={bench.evaluation},window=32,windows=2]"
     Path("small.toml").write_text(bench.suite_text("wanda", evals=[use]))
     from prunebench.bench import runner

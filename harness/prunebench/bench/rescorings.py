@@ -102,7 +102,7 @@ class Rescorer:
             tokens={},
             eval_texts=self.evals,
             machine=self.machine,
-            suite=None,
+            suite=made.suite,
             command=self.command,
             device=self.device,
             threads=made.threads,

@@ -54,7 +54,7 @@ def write_plots(figures: Figures, folder: Path) -> list[Path]:
 
 def write_covers(figures: Figures, folder: Path) -> list[Path]:
     """Draw the README's two pictures, `tradeoff.svg` and `sparsity.svg`: of the section whose curves have most points, and of
-    its table with most methods among those that were not retrained; the first of equals.
+    its table with most methods, where it can be one that was not retrained; the first of equals.
 
     Returns:
         The files; none where no section has curves.
@@ -62,11 +62,12 @@ def write_covers(figures: Figures, folder: Path) -> list[Path]:
     Raises:
         StoreError: one cannot be written.
     """
-    with_curves = [one for one in figures.sections if one.curves is not None]
+    with_curves = [one for one in figures.sections if one.curves is not None and one.tradeoffs]
     if not with_curves:
         return []
     chosen = max(with_curves, key=lambda one: sum(len(curve.points) for curve in one.curves.curves) if one.curves else 0)
-    tables = [table for table in _tables(chosen.tradeoffs) if not table[0].marks[0].trained]
+    tables = list(_tables(chosen.tradeoffs))
+    tables = [table for table in tables if not table[0].marks[0].trained] or tables
     palette = palette_of(figures)
     with matplotlib.style.context(["default", dict(STYLE)]):
         written = [_write(draw_tradeoff(max(tables, key=lambda table: len(table[0].marks)), palette), folder / "tradeoff.svg")]

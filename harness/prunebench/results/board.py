@@ -57,8 +57,8 @@ class Section:
     recipe: Recipe | None
     baseline: float | None
     """The dense model's value."""
-    suites: tuple[str, ...]
-    """What `prunebench run` was given: shipped names, or files, and the models and methods that stood in for the suite's."""
+    commands: tuple[str, ...]
+    """By which the rows were measured: shipped suites, or files, with the models and methods that stood in for theirs."""
     strangers: tuple[str, ...]
     """Methods that come with other packages, and which these are."""
     tables: tuple[Table, ...]
@@ -130,6 +130,11 @@ class Board:
     def only(self, text: str) -> Board:
         """The board with those sections whose title contains `text`."""
         return replace(self, sections=tuple(s for s in self.sections if text in s.title))
+
+    def present(self, records: Iterable[RunRecord]) -> list[RunRecord]:
+        """Those of present revisions."""
+        old = {record.id for record in self.outdated}
+        return [record for record in records if record.id not in old]
 
 
 def build_board(
@@ -249,7 +254,7 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems, tu
         sample=first.score.sample,
         recipe=recipe,
         baseline=builder.baseline,
-        suites=tuple(sorted({_asked(e.record) for e in entries if e.record.provenance.suite})),
+        commands=tuple(sorted({_command(e.record) for e in entries if e.record.provenance.suite})),
         strangers=tuple(sorted({name for e in entries for name in _strangers(e.record)})),
         tables=tuple(tables),
         unread=tuple(dict.fromkeys(builder.unread)),
@@ -258,15 +263,16 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems, tu
     )
 
 
-def _asked(record: RunRecord) -> str:
-    """What to give `prunebench run`: the file that was given, or the suite's name, and what took the place of its models and
-    methods."""
+def _command(record: RunRecord) -> str:
+    """What to type: with the file that was given, or the suite's name, and what took the place of its models and methods."""
     given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
-    suite = given[1] if given else str(record.provenance.suite)
+    run = f"prunebench run {given[1] if given else record.provenance.suite}"
     try:
         words = shlex.split(record.provenance.command)
     except ValueError:  # written by hand
-        return suite
+        return run
+    if words[:2] == ["prunebench", "rescore"]:  # what the suite's runs kept
+        return shlex.join(words)
     instead = []
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -274,7 +280,7 @@ def _asked(record: RunRecord) -> str:
             value = value if equals else " ".join(words[index + 1 : index + 2])
             is_plain = re.fullmatch(r"[$]?[\w./+-]+", value)  # `$MIRROR/model` is for the shell
             instead.append(f"{option} {value if is_plain else shlex.quote(value)}")
-    return " ".join([suite, *instead])
+    return " ".join([run, *instead])
 
 
 def _strangers(record: RunRecord) -> list[str]:

@@ -176,7 +176,7 @@ def _section(section: Section) -> ExportedSection:
         dense=_finite(section.baseline),
         silence=section.silence,
         tuning=section.is_tuning,
-        commands=[f"prunebench run {suite}" for suite in section.suites],
+        commands=list(section.commands),
         unread=list(section.unread),
         tables=[_table(section, table) for table in section.tables],
     )

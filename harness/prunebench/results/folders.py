@@ -195,9 +195,9 @@ def _corrected(found: list[Change], least: float) -> list[Change]:
 def _size(change: Change) -> float:
     """How large a difference is: of shares in points, else in per cent of the value before."""
     assert change.difference is not None
-    size = abs(change.difference.estimate)
     if change.is_ratio:
-        return 100 * math.expm1(min(size, MOST_EXPONENT))
+        return 100 * abs(math.expm1(min(change.difference.estimate, MOST_EXPONENT)))
+    size = abs(change.difference.estimate)
     if change.is_share:
         return 100 * size
     value = change.before.value if change.before is not None else None

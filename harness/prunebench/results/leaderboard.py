@@ -177,8 +177,8 @@ def section_notes(section: Section) -> list[str]:
     if section.is_tuning:
         notes.append("A means, and no result: by these rows on validation text the options of other suites were chosen.")
     notes.append(f"Machine: {section.machine}.")
-    if section.suites:
-        notes.append("Reproduce: " + ", ".join(f"`prunebench run {suite}`" for suite in section.suites) + ".")
+    if section.commands:
+        notes.append("Reproduce: " + ", ".join(f"`{command}`" for command in section.commands) + ".")
     return notes
 
 

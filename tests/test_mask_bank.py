@@ -364,7 +364,7 @@ def test_kept_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     }
     for each in wrong.values():
         with pytest.raises(RequestError, match="does not fit the model"):
-            rescoring._put_weights(each, find_anatomy(tiny()))
+            rescoring._put_weights(each, find_anatomy(tiny()), None)
     with pytest.raises(RequestError, match="does not say what its adapters are"):
         kept({}, "[[1]]")
 

@@ -60,7 +60,7 @@ class Bank:
         except (WriteError, OSError) as error:
             note("masks not kept", portable(str(error)))
             return None
-        beside = [text for flag, text in _BESIDE.items() if changes & flag]
+        beside = [text for flag, text in BESIDE.items() if changes & flag]
         if not beside:
             return kept
         if not self._keeping.weights:
@@ -88,13 +88,14 @@ class Bank:
         return found, {**manifest(self._spec), "format": WEIGHTS_FORMAT, "adapters": said}
 
 
-_BESIDE = {
+BESIDE = {
     Changes.KEPT_WEIGHTS: "surviving weights",
     Changes.BIASES: "biases",
     Changes.NORMS: "norms",
     Changes.HEAD: "the head",
     Changes.ADAPTER: "adapters",
 }
+"""What masks do not say, in words."""
 
 
 def remove_half_written(request: RunRequest) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunebench.bench.at_hand import Model, OtherData, find_calibration, find_eval, folders
+from prunebench.bench.declared import OUTSIDE, declared, named
 from prunebench.bench.evaluation import DenseModel
 from prunebench.bench.machine import available_cores, machine_slug
 from prunebench.bench.plan import Rescoring, RunRequest
@@ -51,9 +52,9 @@ class Replayed:
     done: list[str] = field(default_factory=list)
     """What was replayed and came out the same."""
     answered: bool = False
-    """At least one score's answers were given again."""
+    """Answers of every score that has raw answers were given again."""
     pruned: bool = False
-    """A block was pruned again, or there is nothing to prune."""
+    """A block was pruned again and shows all that the method changes, or there is nothing to prune."""
 
     @property
     def whole(self) -> bool:
@@ -145,9 +146,9 @@ class Replay:
             window = int(conditions.get("window") or 0)
             wrong = list(differences(columns, again, chosen, entry.record.spec.model.dtype, window))
             found.findings += [entry.finding(ANSWERS, f"scores.{name}.items.{column}", said) for column, said in wrong]
-            found.answered = True
             if not wrong:
                 found.done.append(f"{len(chosen)} of {count} answers of {name}")
+        found.answered = {name for name, columns in entry.answers.items() if columns} <= {name for name, *_ in asked}
 
     def _at_hand(self, entry: Entry, model: Model, found: Replayed) -> Iterator[tuple[str, ScoreRecord, Repeatable, JsonDict]]:
         """Scores whose evaluation can be asked again here."""
@@ -186,7 +187,11 @@ class Replay:
 
     def _block(self, entry: Entry, model: Model, request: RunRequest, draw: random.Random, found: Replayed) -> None:
         if entry.record.spec.target == "dense":
-            found.pruned = not entry.record.spec.recipe.training_tokens
+            found.pruned = entry.record.spec.method == "dense"
+            if not found.pruned:
+                raise CannotReplay(
+                    "nothing is removed, so there is no mask to compare, and what else was changed was not done again."
+                )
             return
         masks = entry.store.masks(entry.record)
         if masks is None:
@@ -208,6 +213,12 @@ class Replay:
             weights, _ = read_tensors(path, kept.weights_hash, "the file of kept weights")
         done, wrong = replay_block(again, entry.record, masks, weights, draw, self._progress)
         found.findings += [entry.finding(BLOCK, name, said) for name, said in wrong]
-        found.pruned = True
+        changes = declared(entry.record.spec)
+        outside = OUTSIDE if changes is None else changes & OUTSIDE
+        found.pruned = not outside
+        if outside:
+            found.left_out.append(
+                f"the method may change more than a block's matrices ({named(outside)}), which was not done again."
+            )
         if not wrong:
             found.done.append(done)

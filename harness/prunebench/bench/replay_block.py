@@ -95,8 +95,6 @@ def replay_block(
         CannotReplay: the method cannot be stopped, was trained, or is another than here.
     """
     pruners = _pruners(record)
-    masking = [number for number, pruner in enumerate(pruners) if pruner.changes() & Changes.MASKS]
-    last = masking[-1]
     trained = [pruner.name for pruner in pruners if pruner.needs() & Needs.TRAINING]
     if trained:
         raise CannotReplay(f"{trained[0]} trains the model, which was not done again, so no block was compared.")
@@ -104,7 +102,7 @@ def replay_block(
     model = load_model(request.model, request.spec.model.dtype)
     anatomy = find_anatomy(model)
     load_adapters(anatomy, request.model.folder)
-    stops = last == 0 and bool(pruners[0].claims() & Claims.BLOCKWISE) and not pruners[0].changes() & _OUTSIDE
+    stops = len(pruners) == 1 and bool(pruners[0].claims() & Claims.BLOCKWISE) and not pruners[0].changes() & _OUTSIDE
     if not stops and anatomy.prunable_parameters > SMALL:
         raise CannotReplay(
             f"{record.spec.method} cannot be stopped behind a block, and the model is too large to run it whole."
@@ -113,7 +111,7 @@ def replay_block(
     target = parse_target(record.spec.target)
     work = set_up(request, model, anatomy, target, pruners, free_bytes(torch.device(request.device), request.memory))
     checkpoint: Checkpoint | None = _StopBehind(block + 1) if stops else None
-    for number, pruner in enumerate(pruners[: last + 1]):
+    for number, pruner in enumerate(pruners):
         notes: JsonDict = {}
         job = work.job(pruner, progress, notes, Artefacts(work.request, pruner, first=number == 0), checkpoint)
         try:

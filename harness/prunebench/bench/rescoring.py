@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from prunebench.bench.declared import check_kept, declared
 from prunebench.bench.mask_bank import NAMES, WEIGHTS_FORMAT, factor
 from prunebench.bench.plan import Rescoring, RunRequest
 from prunebench.errors import AuditError, StoreError
 from prunebench.results.mask_files import read_masks
 from prunebench.results.records import RunRecord
 from prunebench.results.tensor_files import Found, read_tensors
-from prunebench.spec import Progress
+from prunebench.spec import Changes, Progress
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Finding, MatrixFinding
@@ -53,6 +54,9 @@ def rescored(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTr
     outcome.crowded = earlier.provenance.shared_machine or earlier.machine != request.machine
     outcome.batch_size, outcome.masks = request.batch_size, earlier.masks
     outcome.extra_parameters = anatomy.total_parameters - own_parameters + anatomy.adapters.parameters
+    if outcome.extra_parameters != earlier.extra_parameters:
+        found, said = outcome.extra_parameters, earlier.extra_parameters
+        raise StoreError(f"what was kept has {found} extra parameters, and the record {earlier.id} says {said}.")
     return model
 
 
@@ -60,7 +64,7 @@ def _put_back(rescoring: Rescoring, anatomy: ModelAnatomy) -> None:
     """Put the masks, and what else was kept, into a model as it was loaded.
 
     Raises:
-        StoreError: a file is missing or changed, or belongs to another model.
+        StoreError: a file is missing or changed, belongs to another model, or holds what no step declares to change.
     """
     record, folder = rescoring.record, Path(rescoring.results)
     assert record.masks is not None
@@ -68,10 +72,12 @@ def _put_back(rescoring: Rescoring, anatomy: ModelAnatomy) -> None:
     shapes = {matrix.name: matrix.shape for matrix in anatomy.matrices}
     if masks.manifest.get("weights") != record.spec.model.weights or dict(masks.shapes) != shapes:
         raise StoreError(f"the masks {record.masks.file} belong to another model than {record.spec.model.name}.")
-    replaced: set[int] = set()
+    replaced, changes = set[int](), declared(record.spec)
     if record.masks.weights_file is not None:
         path = folder / record.masks.weights_file
-        replaced = _put_weights(_Kept.read(path, record.masks.weights_hash), anatomy)
+        replaced = _put_weights(_Kept.read(path, record.masks.weights_hash), anatomy, changes)
+    elif changes is not None:
+        check_kept(None, (), (), anatomy, changes)
     for matrix in anatomy.matrices:
         keep = torch.from_numpy(masks.keep(matrix.name))
         if id(matrix.parameter) in replaced:  # to the bit what it was, also where zeros are negative
@@ -109,14 +115,14 @@ class _Kept:
         return StoreError(f"the file of kept weights {self.path.name} does not fit the model: see {name[:100]!r}.")
 
 
-def _put_weights(kept: _Kept, anatomy: ModelAnatomy) -> set[int]:
-    """Put kept tensors in their places, and attach kept adapters.
+def _put_weights(kept: _Kept, anatomy: ModelAnatomy, changes: Changes | None) -> set[int]:
+    """Put kept tensors in their places, and attach kept adapters; only what the steps declare, where that is known.
 
     Returns:
         The parameters that were replaced, by `id`.
 
     Raises:
-        StoreError: they do not fit the model.
+        StoreError: they do not fit the model, or the declaration.
     """
     model, left = anatomy.model, dict(kept.tensors)
     matrices = {matrix.name: matrix for matrix in anatomy.matrices}
@@ -128,6 +134,8 @@ def _put_weights(kept: _Kept, anatomy: ModelAnatomy) -> set[int]:
         anatomy.adapters.attach(matrices[name], down, up, scale)
     if not left.keys() <= _named(anatomy).keys():
         untie_head(model)  # a head that was tied has no name of its own
+    if changes is not None:
+        check_kept(kept.path.name, left, (name for name, _ in kept.adapters), anatomy, changes)
     named = _named(anatomy)
     with torch.no_grad():
         for name, found_tensor in left.items():

@@ -96,7 +96,7 @@ class Before:
             raise ContractError("the step untied parameters that shared one tensor, or tied others.")
         now = fingerprints(self._anatomy)
         for name in sorted(self._prints.keys() | now.keys()):
-            if self._prints.get(name) != now.get(name) and not changes & _kind_of(name, self._anatomy):
+            if self._prints.get(name) != now.get(name) and not changes & kind_of(name, self._anatomy):
                 raise ContractError(f"the step changed {name}, which it does not declare.")
         if not changes & Changes.KEPT_WEIGHTS:
             for matrix in self._anatomy.matrices:
@@ -257,7 +257,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(whole)
 
 
-def _kind_of(name: str, anatomy: ModelAnatomy) -> Changes:
+def kind_of(name: str, anatomy: ModelAnatomy) -> Changes:
     """Which declaration covers a parameter outside the prunable matrices."""
     owner, _, leaf = name.rpartition(".")
     try:

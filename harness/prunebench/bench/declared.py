@@ -1,0 +1,73 @@
+"""What a record's steps declared to change, and so what its file of kept weights may hold, and must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prunebench.bench.mask_bank import BESIDE
+from prunebench.errors import PrunebenchError, StoreError
+from prunebench.options import parse_step
+from prunebench.plugins import load_registry
+from prunebench.results.records import RunSpec
+from prunebench.spec import Changes
+from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.audit import kind_of
+
+OUTSIDE = Changes.BIASES | Changes.NORMS | Changes.HEAD | Changes.ADAPTER
+"""What the masks and weights of a block's matrices do not show."""
+
+
+def declared(spec: RunSpec) -> Changes | None:
+    """All that the steps may change; None where one is not here, or is of another revision, which may change anything."""
+    found = Changes.NOTHING
+    for step in spec.steps:
+        try:
+            pruner = load_registry().pruner(parse_step(step.text))
+        except PrunebenchError:
+            return None
+        if pruner.revision != step.revision:
+            return None
+        found |= pruner.changes()
+    return found
+
+
+def named(changes: Changes) -> str:
+    """What of it the masks do not say, in words."""
+    return ", ".join(text for flag, text in BESIDE.items() if changes & flag)
+
+
+def check_kept(
+    file: str | None, tensors: Iterable[str], adapters: Iterable[str], anatomy: ModelAnatomy, changes: Changes
+) -> None:
+    """Compare what a run kept beside its masks with what its steps declare.
+
+    Args:
+        file: the name of the file of kept weights; None where there is none.
+        tensors: names of the parameters and buffers in it; a head that was tied has its own by now.
+        adapters: the matrices of its adapters.
+        anatomy: the model.
+        changes: what the steps declare.
+
+    Raises:
+        StoreError: it holds what no step declares to change, or lacks matrices of which survivors were changed.
+    """
+    if file is None:
+        if missing := named(changes):
+            raise StoreError(f"no weights were kept, and the method declares to change {missing}.")
+        return
+    for matrix in adapters:
+        if not changes & Changes.ADAPTER:
+            raise StoreError(
+                f"the file of kept weights {file} has an adapter of {matrix[:100]!r}, and no step declares adapters."
+            )
+    places = dict([*anatomy.model.named_parameters(), *anatomy.model.named_buffers()])
+    inside, there = {id(matrix.parameter): matrix.name for matrix in anatomy.matrices}, set()
+    for name in tensors:
+        tensor = places.get(name)
+        kind = Changes.KEPT_WEIGHTS if id(tensor) in inside else kind_of(name, anatomy)
+        if tensor is not None and not changes & kind:
+            raise StoreError(f"the file of kept weights {file} has {name[:100]!r}, which no step declares to change.")
+        there.add(id(tensor))
+    lacking = [name for place, name in inside.items() if place not in there]
+    if changes & Changes.KEPT_WEIGHTS and lacking:
+        raise StoreError(f"the file of kept weights {file} lacks {lacking[0]}, whose survivors the method declares to change.")

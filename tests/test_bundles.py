@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ from prunebench.bench.plan import Keeping
 from prunebench.bench.replay_answers import differences
 from prunebench.bench.verifying import Request, verified
 from prunebench.errors import RequestError, StoreError, WriteError
-from prunebench.results import unpacking
+from prunebench.results import recomputed, unpacking
 from prunebench.results.bundle import MANIFEST, manifest_of, write_bundle
 from prunebench.results.findings import Finding
 from prunebench.results.inspection import ABOUT, Examination
 from prunebench.results.mask_files import mask_metadata, mask_tensors, read_masks
-from prunebench.results.records import RunRecord, RunSpec, checksum
+from prunebench.results.records import RunRecord, RunSpec, SampleRecord, checksum
 from prunebench.results.store import ResultStore
 from prunebench.results.tensor_files import Tensor, read_tensors, write_tensors
 from prunebench.results.verdicts import Verdicts, content_checksum, lowest
@@ -955,3 +956,131 @@ def test_choices_near_a_tie_may_turn_and_others_may_not() -> None:
     many: Any = {"answer": ["other"] * 4 + [f"word {row}" for row in range(4, 60)]}
     assert not list(differences(words, few, range(60), "float32", 0))
     assert "others in 4 of 60" in next(said for _, said in differences(words, many, range(60), "float32", 0))
+
+
+# What a reviewer's forgeries came through with
+
+
+def edit_all(forger: Forger, change: Callable[[Data], None]) -> None:
+    for path in sorted(forger.folder.glob("here/tiny/*.json")):
+        forger.edit(path, change)
+
+
+@pytest.mark.parametrize("score", ["perplexity", "divergence"])
+def test_a_replay_catches_documents_that_the_text_does_not_have(forger: Forger, bench: Bench, score: str) -> None:
+    """In all records alike, so that none contradicts another; intervals rest on the documents."""
+    edit_all(forger, lambda data: data["scores"][score]["items"].update(document=[*range(100, 112)]))
+    assert not wrong(look(forger.bundle()))
+    found = look(forger.bundle(), model=bench.model, data=(bench.folder,))
+    assert {(f.check, f.field) for f in wrong(found)} == {("replayed answers", f"scores.{score}.items.document")}
+    assert {found.grade(entry) for entry in found.entries} == {"reported"}
+
+
+def test_a_score_that_follows_from_its_answers_is_not_left_out(forger: Forger) -> None:
+    forger.edit(forger.path("wanda", 0), lambda data: scores_of(data).update(value=None))
+    assert [finding.field for finding in wrong(look(forger.bundle()))] == ["scores.perplexity.value"]
+
+
+def test_a_score_of_a_set_without_one_of_its_tasks_has_no_value() -> None:
+    items: Any = {"right": [1, 0], "stratum": ["a", "a"], "task": ["a", "a"]}
+    made = SampleRecord(column="right", strata="stratum", tasks="task")
+
+    def found(**conditions: Any) -> list[str]:
+        score = SimpleNamespace(value=None, sample=made, conditions=conditions, parts={"a": 0.5}, items=items)
+        record = SimpleNamespace(scores={"zero_shot": score})
+        entry: Any = SimpleNamespace(record=record, unreadable={}, answers={"zero_shot": items})
+        entry.finding = lambda *said: Finding(said[0], "", said[1], said[2])
+        return [finding.field for finding in recomputed.scores(entry)]
+
+    assert found(eval="zero_shot", missing=["b"]) == []
+    assert "scores.zero_shot.value" in found(eval="zero_shot", missing=[])
+    assert "scores.zero_shot.value" in found(eval="generation", missing=["b"])
+
+
+def test_what_is_accepted_twice_is_there_once_however_long_its_answers(
+    honest: Path, tmp_path: Path, command: Callable[..., Ran]
+) -> None:
+    """Long answers inside the record, where other programs than this one may leave them."""
+    record = next(s.record for s in ResultStore(honest, pytest.fail).all() if s.record.spec.method == "dense")
+    data = record.model_dump(mode="json", by_alias=True)
+    score = scores_of(data)
+    score["items"] = {name: [values[0]] * 600 for name, values in score["items"].items()}
+    score["value"] = math.exp(score["items"]["nll"][0])
+    for said in conditions_of(data):
+        said.update(windows=600, tokens=10_000)
+    spec = next(spec for spec in data["spec"]["evals"] if spec["conditions"]["eval"] == "perplexity")
+    spec["text"] = spec["text"].replace("windows=12", "windows=600")
+    data["id"] = RunSpec.model_validate(data["spec"]).id
+    handed_in = RunRecord.model_validate(data)
+    path = tmp_path / "long" / "here" / "tiny" / f"{handed_in.spec.file_stem}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(handed_in.to_json())
+    bundle, into = Forger(tmp_path / "long", tmp_path).bundle(), tmp_path / "into"
+    first = command("verify", bundle, "--results", into, "--accept")
+    assert first.code == 0, first
+    before = tree(into)
+    [stored] = ResultStore(into, pytest.fail).all()
+    assert stored.record == handed_in
+    assert Verdicts.of(into).grade(stored.record) == "checked"
+    again = command("verify", bundle, "--results", into, "--accept")
+    assert again.code == 0, again
+    assert "0 new records" in again.out
+    assert tree(into).keys() == before.keys()
+
+
+def test_a_wrong_place_of_known_records_is_said(honest: Path, tmp_path: Path, command: Callable[..., Ran]) -> None:
+    bundle, file, empty = tmp_path / "bundle.zip", tmp_path / "file", tmp_path / "empty"
+    assert command("submit", "--results", honest, "--out", bundle).code == 0
+    file.write_text("text")
+    empty.mkdir()
+    ran = command("verify", bundle, "--results", file)
+    assert (ran.code, "is no folder" in ran.complaint) == (2, True), ran
+    for place in (empty, tmp_path / "absent"):
+        ran = command("verify", bundle, "--results", place)
+        assert ran.code == 0, ran
+        assert f"nothing is known in {place}" in ran.out
+    assert "nothing is known" not in command("verify", bundle, "--results", honest).out
+    assert "nothing is known" not in command("verify", honest, "--results", honest).out
+    ran = command("verify", bundle, "--results", file / "below", "--accept")
+    assert (ran.code, "is no folder" in ran.complaint) == (2, True), ran
+    assert "arithmetic" not in ran.out, "before any work"
+
+
+def test_submit_replaces_bundles_only(honest: Path, tmp_path: Path, command: Callable[..., Ran]) -> None:
+    out = tmp_path / "thesis.tex"
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("text", "text")
+    for content in (b"text", b"", (tmp_path / "other.zip").read_bytes()):
+        out.write_bytes(content)
+        ran = command("submit", "--results", honest, "--out", out)
+        assert (ran.code, "not replaced" in ran.complaint) == (2, True), ran
+        assert out.read_bytes() == content
+    out.unlink()
+    assert [command("submit", "--results", honest, "--out", out).code for _ in range(2)] == [0, 0]
+
+
+def test_parameters_that_no_step_adds(forger: Forger) -> None:
+    forger.edit(forger.path("magnitude"), lambda data: data.update(extra_parameters=1000))
+    assert [finding.field for finding in wrong(look(forger.bundle()))] == ["extra_parameters"]
+
+
+def test_added_parameters_explain_no_more_than_themselves(forger: Forger) -> None:
+    """Of all parameters twice as many: a smaller share of zeros would follow."""
+
+    def change(data: Data) -> None:
+        data["extra_parameters"] = 1
+        data["audit"]["sparsity_total"] = data["audit"]["zeros"] / (
+            2 * round(data["audit"]["zeros"] / data["audit"]["sparsity_total"])
+        )
+
+    forger.edit(forger.path("wanda", 1), change)
+    assert "audit.sparsity_total" in [finding.field for finding in wrong(look(forger.bundle()))]
+
+
+def test_what_cannot_be_accepted_is_said_in_words(honest: Path, tmp_path: Path, command: Callable[..., Ran]) -> None:
+    bundle, into = tmp_path / "bundle.zip", tmp_path / "into"
+    assert command("submit", "--results", honest, "--out", bundle).code == 0
+    into.mkdir()
+    (into / "masks").write_text("a file in the place of a folder")
+    ran = command("verify", bundle, "--results", into, "--accept")
+    assert (ran.code, "cannot be written: " in ran.complaint, "Errno" in ran.complaint) == (1, True, False), ran

@@ -58,6 +58,8 @@ def print_examination(found: Examination, console: Console) -> None:
         )
     if len(found.findings) > MOST_SENTENCES:
         console.print(f"and {len(found.findings) - MOST_SENTENCES} more; --json has all of them.")
+    if found.alone:
+        console.print(escape(found.alone), style="yellow", soft_wrap=True)
     reasons = Counter(sentence for sentences in found.unseen.values() for sentence in sentences)
     for sentence, count in reasons.most_common(MOST_MISSING):
         console.print(f"not looked at in {_several(count, 'record')}: {escape(sentence)}", style="dim", soft_wrap=True)
@@ -70,6 +72,7 @@ def examination_json(found: Examination, seed: int | None) -> dict[str, Any]:
     return {
         "passed": not found.failed,
         "seed": seed,
+        "alone": found.alone,
         "checks": {name: found.looked[name] for name in ABOUT if found.looked[name]},
         "findings": [vars(finding) for finding in found.findings],
         "records": [

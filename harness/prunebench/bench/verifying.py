@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.bench.at_hand import find_models
+from prunebench.bench.declared import options
 from prunebench.bench.replay import ANSWERS, BLOCK, Replay
 from prunebench.errors import RequestError
+from prunebench.options import parse_step
+from prunebench.plugins import Registry, load_registry
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.inspection import Examination, examine, read_entries
+from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 from prunebench.results.unpacking import unpack
-from prunebench.spec import Progress
+from prunebench.spec import Changes, Progress
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,59 @@ def verified(
     """Examine, and replay; what was unpacked is there while it is looked at.
 
     Raises:
-        RequestError: there is no such bundle, folder or model.
+        RequestError: there is no such bundle, folder or model, or the known records' place is no folder.
     """
+    if os.path.lexists(request.results) and not request.results.is_dir():
+        raise RequestError(f"{request.results} is no folder, so there are no known records to compare with.")
     replay = None
     if request.replay and request.models:
         replay = Replay(find_models(request.models), request.seed, request.device, request.data, progress)
     with _opened(request.path, open_store) as (entries, findings, looked):
         known = _known(request, open_store)
         found = examine(entries, known, progress)
-        found.findings = [*findings, *found.findings]
+        found.findings = [*findings, *found.findings, *_added(entries, known)]
         found.looked.update(looked)
+        found.findings += [finding for entry in entries for finding in options(entry)]
+        if not known and not _is_examined(request):
+            found.alone = f"nothing is known in {request.results}; records were compared with each other only."
         if replay is not None:
             for number, entry in enumerate(entries):
                 progress("replay", number, len(entries))
                 _replayed(found, entry, replay)
         yield found
+
+
+def _added(entries: Sequence[Entry], known: Sequence[Entry]) -> Iterator[Finding]:
+    """Parameters beside the model's own, where no step declares to add any.
+
+    A model may come with adapters, which count too: then its dense records have as many.
+    """
+    registry, own = load_registry(), defaultdict[str, set[int]](set)
+    for entry in (*known, *entries):
+        if entry.record.spec.method == "dense":
+            own[entry.record.spec.model.weights].add(entry.record.extra_parameters)
+    for entry in entries:
+        record = entry.record
+        if not record.extra_parameters or _declared(record, registry) & (Changes.ADAPTER | Changes.HEAD):
+            continue
+        dense = own[record.spec.model.weights]
+        if record.extra_parameters not in dense:
+            said = f"is {record.extra_parameters}, and no step declares an adapter or an untied head"
+            yield entry.finding("audit", "extra_parameters", said)
+        elif record.spec.method == "dense":
+            said = f"is {record.extra_parameters}, which only a model has that came with adapters"
+            yield entry.finding("audit", "extra_parameters", said, "warning")
+
+
+def _declared(record: RunRecord, registry: Registry) -> Changes:
+    """All that a record's steps declare to change; of a step that is not known here everything."""
+    declared = Changes.NOTHING
+    for step in record.spec.steps:
+        try:
+            declared |= registry.pruner(parse_step(step.text)).changes()
+        except Exception:  # noqa: BLE001 - a stranger wrote the options, and a plugin may raise anything
+            return ~Changes.NOTHING
+    return declared
 
 
 def _replayed(found: Examination, entry: Entry, replay: Replay) -> None:
@@ -100,7 +143,12 @@ def _opened(
 
 def _known(request: Request, open_store: Callable[[Path], ResultStore]) -> list[Entry]:
     """Records to compare with; none where the folder is the one that is examined."""
-    if not request.results.is_dir() or request.results.resolve() == request.path.resolve():
+    if not request.results.is_dir() or _is_examined(request):
         return []
     store = open_store(request.results)
     return [Entry(stored, store) for stored in store.latest()]
+
+
+def _is_examined(request: Request) -> bool:
+    """Whether the folder of known records is the one that is examined."""
+    return request.results.resolve() == request.path.resolve()

@@ -92,9 +92,13 @@ def verify(
     from prunebench.bench.plan import pick_device
     from prunebench.bench.verifying import Request, verified
     from prunebench.results.accepting import accept as accepted
+    from prunebench.results.accepting import check_place
     from prunebench.show_examination import examination_json, print_examination
 
     drawn = secrets.randbelow(1 << 32) if seed is None else seed
+    into = bundle if bundle.is_dir() else results
+    if accept:
+        check_place(into)
     request = Request(bundle, results, tuple(model or ()), tuple(data or ()), replay, drawn, pick_device(device))
     with complaints.status("reading") as status:
 
@@ -110,11 +114,9 @@ def verify(
                 if replay and model:
                     terminal.print(f"What to replay was drawn by --seed {drawn}.", style="dim")
             if accept and not found.failed:
-                added = accepted(found, open_store(bundle if bundle.is_dir() else results), drawn, __version__)
+                added = accepted(found, open_store(into), drawn, __version__)
                 if not as_json:
-                    where = escape(str(bundle if bundle.is_dir() else results))
-                    terminal.print(
-                        f"Accepted into {where}: {len(added)} new records, and the verdicts on all {len(found.entries)}."
-                    )
+                    verdicts = f"the verdicts on all {len(found.entries)}"
+                    terminal.print(f"Accepted into {escape(str(into))}: {len(added)} new records, and {verdicts}.")
             if found.failed:
                 raise typer.Exit(1)

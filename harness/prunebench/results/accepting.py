@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prunebench.errors import WriteError
+from prunebench.errors import RequestError, WriteError
 from prunebench.results.bundle import names_beside
 from prunebench.results.files import is_within, opened, sync_folder, write_aside
 from prunebench.results.findings import Entry
@@ -40,9 +40,22 @@ def accept(examined: Examination, store: ResultStore, seed: int | None, version:
         if not is_there(store, entry):
             for name in names_beside(entry.path, entry.record):
                 _copy(entry.store.folder, store.folder, name)
-            added.append(store.keep(entry.record))
+            added.append(store.keep(entry.record, split=False))
     keep_verdicts(examined, store.folder, seed, version)
     return added
+
+
+def check_place(folder: Path) -> None:
+    """Find out before any work whether records can be taken into a folder; it is not made yet.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RequestError(f"records cannot be taken into {folder}: {there} is no folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RequestError(f"records cannot be taken into {folder}: {there} cannot be written.")
 
 
 def is_there(store: ResultStore, entry: Entry) -> bool:
@@ -115,7 +128,11 @@ def _copy(source: Path, target: Path, name: str) -> None:
             written.unlink(missing_ok=True)
         sync_folder(path.parent)
     except (OSError, ValueError) as error:
-        raise WriteError(f"{name} cannot be written: {error}.") from None
+        raise WriteError(f"{name} cannot be written: {_reason(error)}.") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
 
 
 def _hash(path: Path, within: Path) -> str:

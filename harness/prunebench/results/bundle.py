@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -117,6 +119,8 @@ def manifest_of(files: Mapping[str, tuple[str, int]]) -> bytes:
 def _write(out: Path, files: Mapping[str, Path], within: Path) -> None:
     if out.is_dir():
         raise StoreError(f"the bundle {out} is a folder; name a file.")
+    if os.path.lexists(out) and not _is_bundle(out):
+        raise StoreError(f"{out} is there already and is no bundle, so it is not replaced; name another file.")
     try:
         with tempfile.NamedTemporaryFile(dir=out.parent, prefix="bundle", suffix=".tmp", delete=False) as aside:
             path = Path(aside.name)
@@ -131,9 +135,21 @@ def _write(out: Path, files: Mapping[str, Path], within: Path) -> None:
         path.chmod(0o644)
         path.replace(out)
     except (OSError, ValueError) as error:
-        raise WriteError(f"the bundle {out} cannot be written: {error}.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WriteError(f"the bundle {out} cannot be written: {reason}.") from None
     finally:
         path.unlink(missing_ok=True)
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a file is a bundle, as far as its manifest's first line says."""
+    if not path.is_file():  # to open a pipe might never end
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(MANIFEST) as manifest:
+            return FORMAT.encode() in manifest.read(2 * len(FORMAT) + 16)
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _add(archive: zipfile.ZipFile, name: str, path: Path, within: Path) -> tuple[str, int]:

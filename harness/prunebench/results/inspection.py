@@ -81,6 +81,8 @@ class Examination:
     """What could not be looked at, by the record's file: a sentence each."""
     replayed: dict[str, str] = field(default_factory=dict)
     """Records of which all that there is to replay was replayed, by file, and what that was."""
+    alone: str | None = None
+    """Why there were no known records to compare with: a sentence."""
 
     @property
     def failed(self) -> bool:
@@ -190,9 +192,9 @@ def _unseen(entry: Entry) -> Iterator[str]:
     """What cannot be looked at in a record."""
     record = entry.record
     for name, score in record.scores.items():
-        if name not in entry.answers or score.value is None:
+        if name not in entry.answers:
             continue
-        if recomputed.value_of(entry.answers[name], score) is None:
+        if score.value is not None and recomputed.value_of(entry.answers[name], score) is None:
             yield f"{_UNKNOWN}{name} cannot be worked out of its raw answers: it does not say how it is made of them."
             continue
         unknown = sorted(score.parts.keys() - recomputed.parts_of(entry.answers[name], score).keys())

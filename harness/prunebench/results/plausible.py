@@ -181,7 +181,7 @@ def questions(near: Neighbours) -> Iterator[Finding]:
 def matrices(near: Neighbours) -> Iterator[Finding]:
     """One model has one set of matrices and one number of parameters."""
     shapes: dict[str, Entry] = {}
-    sizes: dict[tuple[str, str], tuple[int, Entry]] = {}
+    sizes: dict[tuple[str, str], tuple[range, Entry]] = {}
     for entry in near.all():
         audit, weights = entry.record.audit, entry.record.spec.model.weights
         if audit is None:
@@ -196,12 +196,15 @@ def matrices(near: Neighbours) -> Iterator[Finding]:
         pruned = sum(rows * columns for rows, columns in (matrix.shape for matrix in audit.matrices if matrix.removed))
         for field, above in (("sparsity_total", audit.zeros), ("coverage", pruned)):
             share = getattr(audit, field)
-            if not share or (entry.record.extra_parameters and field == "sparsity_total"):
+            if not share:
                 continue
             total = round(above / share)
-            known, other = sizes.setdefault((weights, field), (total, entry))
-            if known != total:
-                said = f"tells of {total} parameters, and {other.label} of {known} of the same model"
+            # An untied head is among all parameters, an adapter is not: of what was added any part may be counted.
+            added = max(0, entry.record.extra_parameters) if field == "sparsity_total" else 0
+            own = range(total - added, total + 1)
+            known, other = sizes.setdefault((weights, field), (own, entry))
+            if own.start >= known.stop or known.start >= own.stop:
+                said = f"tells of {total} parameters, and {other.label} of {known.stop - 1} of the same model"
                 yield entry.finding("plausible", f"audit.{field}", said)
 
 

@@ -39,7 +39,7 @@ def scores(entry: Entry) -> Iterator[Finding]:
             yield entry.finding("arithmetic", f"{place}.items", problem)
             continue
         found = value_of(columns, score)
-        if found is not None and not _close(score.value, found):
+        if found is not None and not (_close(score.value, found) or _has_no_value(score)):
             yield entry.finding("arithmetic", f"{place}.value", f"is {score.value!r}, and its raw answers give {found:.8g}")
         again = parts_of(columns, score)
         for part, value in score.parts.items():
@@ -69,11 +69,11 @@ def answers(entry: Entry) -> Iterator[Finding]:
 
 
 def value_of(columns: Columns, score: ScoreRecord) -> float | None:
-    """A score's value out of its raw answers; None where it does not say how it is made, or has none."""
+    """A score's value out of its raw answers; None where it does not say how it is made, or there are none."""
     sample = score.sample
     if sample is None and score.conditions.get("eval") == "layer_error":  # matrices are no sample of anything, and have a mean
         sample = SampleRecord(column="error")
-    if sample is None or score.value is None or not columns.get(sample.column):
+    if sample is None or not columns.get(sample.column):
         return None
     mean = _mean(columns, sample)
     return math.exp(min(mean, 700.0)) if sample.exponential else mean
@@ -247,6 +247,11 @@ def _choices(entry: Entry, place: str, columns: Columns, score: ScoreRecord) -> 
         if right == 1 and choice != gold and gold != -1:
             yield entry.finding("answers", f"{place}.right", f"is 1 at {row}, where the choice is another than the right one")
             return
+
+
+def _has_no_value(score: ScoreRecord) -> bool:
+    """Whether a score rightly has no value: one of a set's tasks could not be asked."""
+    return score.value is None and score.conditions.get("eval") == "zero_shot" and bool(score.conditions.get("missing"))
 
 
 def _close(value: float | None, found: float) -> bool:

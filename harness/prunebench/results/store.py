@@ -127,10 +127,11 @@ class ResultStore:
         """Write a record, and give its file; see `keep`."""
         return self.folder / self.keep(record, log).path
 
-    def keep(self, record: RunRecord, log: bytes = b"") -> Stored:
+    def keep(self, record: RunRecord, log: bytes = b"", *, split: bool = True) -> Stored:
         """Write a record under a name that nothing has yet, and what its process wrote beside it, as `….log`.
 
-        Of a record that would be too large to be read again there remains that it failed, and why.
+        Of a record that would be too large to be read again there remains that it failed, and why. Without `split` long raw
+        answers stay inside it: whoever knows the record by its content finds it again.
 
         Returns:
             What is in the file.
@@ -144,7 +145,7 @@ class ResultStore:
                 f"the record {record.id} cannot be written: {folder} is a link that leads out of the results folder."
             )
         try:
-            record, files = apart(record)
+            record, files = apart(record) if split else (record, {})
             record = _readable(record)
             for name, content in files.items():
                 write_aside(folder, content).replace(folder / name)  # named by its content, so that nothing is lost

@@ -53,9 +53,10 @@ class Divergence(WindowEval):
         )
 
     def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, list[float | int | str]]:
-        """Only these windows: `kl` and `agreement` as `measure` finds them."""
+        """Only these windows: `kl`, `agreement` and `document` as `measure` finds them."""
         divergences, agreements = self._compared(job, chosen)
-        return {"kl": [*divergences], "agreement": [*agreements]}
+        documents = self.documents(job)
+        return {"kl": [*divergences], "agreement": [*agreements], "document": [documents[row] for row in chosen]}
 
     def _compared(self, job: EvalJob, chosen: Sequence[int] | None = None) -> tuple[list[float], list[float]]:
         dense = job.dense()

@@ -45,8 +45,9 @@ class Perplexity(WindowEval):
         return Score(math.exp(mean), "perplexity", False, items, sample=Sample("nll", exponential=True, documents="document"))
 
     def again(self, job: EvalJob, chosen: Sequence[int]) -> dict[str, list[float | int | str]]:
-        """Only these windows: `nll` as `measure` finds it."""
-        return {"nll": [*self._losses(job, chosen)]}
+        """Only these windows: `nll` and `document` as `measure` finds them."""
+        documents = self.documents(job)
+        return {"nll": [*self._losses(job, chosen)], "document": [documents[row] for row in chosen]}
 
     def _losses(self, job: EvalJob, chosen: Sequence[int] | None = None) -> list[float]:
         losses: list[float] = []

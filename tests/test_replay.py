@@ -225,6 +225,23 @@ def test_what_no_block_shows_is_checked_at_most(
     assert grade == "checked"
 
 
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    cases(
+        {
+            "another value": ({"block_size": 7}, "block_size", "is 7, and the spec gives 128"),
+            "an option of nothing": ({"slab": 7}, "slab", "is 7, and sparsegpt has no such option"),
+        }
+    ),
+)
+def test_options_are_those_of_the_spec(forger: Forger, change: Data, field: str, said: str) -> None:
+    """Widths of slabs come from them, by which other counts would fit."""
+    forger.edit(forger.path("sparsegpt", 0), lambda data: data["steps"][0]["options"].update(change))
+    found = wrong(look(forger.folder))
+    assert [(finding.check, finding.field) for finding in found] == [("steps", f"steps.0.options.{field}")]
+    assert said in found[0].message
+
+
 def test_names_of_tensors_are_known(bench: Bench, tmp_path: Path) -> None:
     """That the forgeries above are of places that the model has."""
     model = load_model(bench.requests(tmp_path, "dense")[0].model, "float32")

@@ -1,15 +1,19 @@
-"""What a record's steps declared to change, and so what its file of kept weights may hold, and must."""
+"""What a record's steps are by the pruners that are here: their options, and what they declare to change.
+
+A file of kept weights may hold what they declare, and must.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prunebench.bench.mask_bank import BESIDE
 from prunebench.errors import PrunebenchError, StoreError
-from prunebench.options import parse_step
+from prunebench.options import option_values, parse_step
 from prunebench.plugins import load_registry
-from prunebench.results.records import RunSpec
-from prunebench.spec import Changes
+from prunebench.results.findings import Entry, Finding
+from prunebench.results.records import RunSpec, StepSpec
+from prunebench.spec import Changes, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.audit import kind_of
 
@@ -21,14 +25,41 @@ def declared(spec: RunSpec) -> Changes | None:
     """All that the steps may change; None where one is not here, or is of another revision, which may change anything."""
     found = Changes.NOTHING
     for step in spec.steps:
+        pruner = _pruner(step)
+        if pruner is None:
+            return None
         try:
-            pruner = load_registry().pruner(parse_step(step.text))
-        except PrunebenchError:
+            found |= pruner.changes()
+        except Exception:  # noqa: BLE001 - a stranger wrote the options, and a plugin may raise anything
             return None
-        if pruner.revision != step.revision:
-            return None
-        found |= pruner.changes()
     return found
+
+
+def options(entry: Entry) -> Iterator[Finding]:
+    """Options of the steps against those that their texts give; the shares of a matrix that may be removed hang on them."""
+    for number, (done, asked) in enumerate(zip(entry.record.steps, entry.record.spec.steps, strict=False)):
+        pruner = _pruner(asked)
+        if pruner is None:
+            continue
+        wanted, given = option_values(pruner), parse_step(asked.text).options
+        for name in sorted(done.options.keys() | given.keys()):
+            said = repr(done.options[name]) if name in done.options else "absent"
+            if name not in wanted:
+                yield entry.finding(
+                    "steps", f"steps.{number}.options.{name}", f"is {said[:60]}, and {pruner.name} has no such option"
+                )
+            elif name not in done.options or done.options[name] != wanted[name]:
+                message = f"is {said[:60]}, and the spec gives {wanted[name]!r}"
+                yield entry.finding("steps", f"steps.{number}.options.{name}", message)
+
+
+def _pruner(step: StepSpec) -> Pruner | None:
+    """A step as it is here; None where it is not, or is of another revision."""
+    try:
+        pruner = load_registry().pruner(parse_step(step.text))
+    except PrunebenchError:
+        return None
+    return pruner if pruner.revision == step.revision else None
 
 
 def named(changes: Changes) -> str:

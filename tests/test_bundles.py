@@ -1083,4 +1083,4 @@ def test_what_cannot_be_accepted_is_said_in_words(honest: Path, tmp_path: Path, 
     into.mkdir()
     (into / "masks").write_text("a file in the place of a folder")
     ran = command("verify", bundle, "--results", into, "--accept")
-    assert (ran.code, "cannot be written: " in ran.complaint, "Errno" in ran.complaint) == (1, True, False), ran
+    assert (ran.code, "cannot be written: File exists." in ran.err, "Errno" in ran.err) == (1, True, False), ran

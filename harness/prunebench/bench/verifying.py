@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.bench.at_hand import find_models
-from prunebench.bench.declared import options
+from prunebench.bench.declared import declared, options
 from prunebench.bench.replay import ANSWERS, BLOCK, Replay
 from prunebench.errors import RequestError
-from prunebench.options import parse_step
-from prunebench.plugins import Registry, load_registry
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.inspection import Examination, examine, read_entries
-from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 from prunebench.results.unpacking import unpack
 from prunebench.spec import Changes, Progress
@@ -73,13 +70,14 @@ def _added(entries: Sequence[Entry], known: Sequence[Entry]) -> Iterator[Finding
 
     A model may come with adapters, which count too: then its dense records have as many.
     """
-    registry, own = load_registry(), defaultdict[str, set[int]](set)
+    own = defaultdict[str, set[int]](set)
     for entry in (*known, *entries):
         if entry.record.spec.method == "dense":
             own[entry.record.spec.model.weights].add(entry.record.extra_parameters)
     for entry in entries:
         record = entry.record
-        if not record.extra_parameters or _declared(record, registry) & (Changes.ADAPTER | Changes.HEAD):
+        changes = declared(record.spec) if record.extra_parameters else None
+        if changes is None or changes & (Changes.ADAPTER | Changes.HEAD):
             continue
         dense = own[record.spec.model.weights]
         if record.extra_parameters not in dense:
@@ -88,17 +86,6 @@ def _added(entries: Sequence[Entry], known: Sequence[Entry]) -> Iterator[Finding
         elif record.spec.method == "dense":
             said = f"is {record.extra_parameters}, which only a model has that came with adapters"
             yield entry.finding("audit", "extra_parameters", said, "warning")
-
-
-def _declared(record: RunRecord, registry: Registry) -> Changes:
-    """All that a record's steps declare to change; of a step that is not known here everything."""
-    declared = Changes.NOTHING
-    for step in record.spec.steps:
-        try:
-            declared |= registry.pruner(parse_step(step.text)).changes()
-        except Exception:  # noqa: BLE001 - a stranger wrote the options, and a plugin may raise anything
-            return ~Changes.NOTHING
-    return declared
 
 
 def _replayed(found: Examination, entry: Entry, replay: Replay) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from prunebench.bench.mask_bank import BESIDE
+from prunebench.bench.mask_bank import BESIDE, named_tensors
 from prunebench.errors import PrunebenchError, StoreError
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import load_registry
@@ -91,7 +91,7 @@ def check_kept(
             raise StoreError(
                 f"the file of kept weights {file} has an adapter of {matrix[:100]!r}, and no step declares adapters."
             )
-    places = dict([*anatomy.model.named_parameters(), *anatomy.model.named_buffers()])
+    places = named_tensors(anatomy)
     inside, there = {id(matrix.parameter): matrix.name for matrix in anatomy.matrices}, set()
     for name in tensors:
         tensor = places.get(name)

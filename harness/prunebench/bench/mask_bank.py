@@ -76,7 +76,7 @@ class Bank:
         """The tensors that the run changed, whole and in the run's dtype, and the factors of its adapters."""
         anatomy, found = self._anatomy, dict[str, Tensor]()
         now, inside = fingerprints(anatomy), {id(matrix.parameter) for matrix in anatomy.matrices}
-        for name, tensor in [*anatomy.model.named_parameters(), *anatomy.model.named_buffers()]:
+        for name, tensor in named_tensors(anatomy).items():
             differs = changes & Changes.KEPT_WEIGHTS if id(tensor) in inside else now[name] != self._prints.get(name)
             if differs:
                 found[name] = _as_written(name, tensor)
@@ -139,6 +139,11 @@ def manifest(spec: RunSpec) -> dict[str, str]:
         "seed": "" if spec.seed is None else str(spec.seed),
         "prunebench": prunebench.__version__,
     }
+
+
+def named_tensors(anatomy: ModelAnatomy) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model, by the names under which they are kept."""
+    return dict([*anatomy.model.named_parameters(), *anatomy.model.named_buffers()])
 
 
 def factor(number: int, half: str) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from prunebench.bench.declared import check_kept, declared
-from prunebench.bench.mask_bank import NAMES, WEIGHTS_FORMAT, factor
+from prunebench.bench.mask_bank import NAMES, WEIGHTS_FORMAT, factor, named_tensors
 from prunebench.bench.plan import Rescoring, RunRequest
 from prunebench.errors import AuditError, StoreError
 from prunebench.results.mask_files import read_masks
@@ -132,11 +132,11 @@ def _put_weights(kept: _Kept, anatomy: ModelAnatomy, changes: Changes | None) ->
             raise kept.misfit(name)
         down, up = (_tensor(each) for each in found if each is not None)
         anatomy.adapters.attach(matrices[name], down, up, scale)
-    if not left.keys() <= _named(anatomy).keys():
+    if not left.keys() <= named_tensors(anatomy).keys():
         untie_head(model)  # a head that was tied has no name of its own
     if changes is not None:
         check_kept(kept.path.name, left, (name for name, _ in kept.adapters), anatomy, changes)
-    named = _named(anatomy)
+    named = named_tensors(anatomy)
     with torch.no_grad():
         for name, found_tensor in left.items():
             if name not in named or not _fits(found_tensor, named[name]):
@@ -147,10 +147,6 @@ def _put_weights(kept: _Kept, anatomy: ModelAnatomy, changes: Changes | None) ->
 
 def _fits(found: Found, tensor: torch.Tensor) -> bool:
     return found.shape == tuple(tensor.shape) and found.dtype == NAMES.get(tensor.dtype)
-
-
-def _named(anatomy: ModelAnatomy) -> dict[str, torch.Tensor]:
-    return dict([*anatomy.model.named_parameters(), *anatomy.model.named_buffers()])
 
 
 def _tensor(found: Found) -> torch.Tensor:

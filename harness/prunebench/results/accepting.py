@@ -136,8 +136,5 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _hash(path: Path, within: Path) -> str:
-    digest = hashlib.sha256()
     with opened(path, within, MAX_FILE_BYTES) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,8 +7,8 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from prunebench.errors import StoreError
 
@@ -20,7 +20,7 @@ def read_file(path: Path, within: Path, most: int) -> bytes:
 
 
 @contextmanager
-def opened(path: Path, within: Path, most: int) -> Iterator[BinaryIO]:
+def opened(path: Path, within: Path, most: int) -> Iterator[BufferedReader]:
     """A file to read, if it is a file: neither a pipe, which might never end, nor outside its folder, nor too large.
 
     Args:

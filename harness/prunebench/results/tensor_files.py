@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +31,6 @@ MOST_TENSORS = 100_000
 
 MOST_SIDES = 8
 """Of a tensor; more numbers take long to multiply."""
-
-CHUNK_BYTES = 1 << 24
-"""Read and hashed at a time."""
 
 BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 """Bytes of an entry, by the format's names of dtypes; others are in none of our files."""
@@ -130,7 +126,7 @@ def read_tensors(path: Path, digest: str | None, what: str) -> tuple[dict[str, F
     """
     try:
         with opened(path, path.parent, MAX_FILE_BYTES) as file:
-            if digest is not None and _hash_of(file) != digest:
+            if digest is not None and hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise ValueError("it was cut short or changed after its record was written")
             content = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
         return _parsed(content)
@@ -143,13 +139,6 @@ def _hashed(parts: Iterable[bytes], update: Callable[[bytes], None]) -> Iterator
     for part in parts:
         update(part)
         yield part
-
-
-def _hash_of(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _parsed(content: NDArray[np.uint8]) -> tuple[dict[str, Found], dict[str, str]]:

@@ -42,7 +42,7 @@ class SuiteHead(_Section):
 
 
 class ModelEntry(_Section):
-    """A model: a folder relative to the suite, or a pinned revision on the Hub.
+    """A model: a folder relative to the suite, a pinned revision on the Hub, or an architecture with random weights.
 
     With `reload` a pruned model is written to disk and read back before it is evaluated.
     """
@@ -50,22 +50,24 @@ class ModelEntry(_Section):
     path: str | None = None
     hub: str | None = None
     revision: str | None = None
+    shape: str | None = None
+    """A name in `toolkit/shapes.py`; such a model has costs only."""
     dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16|float64)$")] | None = None
     allow: tuple[Annotated[str, Field(pattern="^(pickle|remote-code)$")], ...] = ()
     reload: bool = False
 
     @model_validator(mode="after")
     def _one_place(self) -> ModelEntry:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("name the model by path or by hub, one of them")
+        if sum(place is not None for place in (self.path, self.hub, self.shape)) != 1:
+            raise ValueError("name the model by path, by hub or by shape, one of them")
         if self.hub is not None and self.revision is None:
             raise ValueError("a hub model needs its revision, a commit")
         return self
 
     @property
     def name(self) -> str:
-        """As written."""
-        return self.path or self.hub or ""
+        """As written; a shape is `shape:NAME`."""
+        return f"shape:{self.shape}" if self.shape is not None else self.path or self.hub or ""
 
 
 class Calibration(_Section):

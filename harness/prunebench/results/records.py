@@ -34,7 +34,12 @@ class ModelSpec(_Frozen):
     weights: str = Field(description="hash of the weight files and the configuration")
     tokenizer: str = Field(description="hash of the tokenizer's files")
     dtype: str
-    source: str = Field(description="hub name and revision, or `local`; not part of the id")
+    source: str = Field(description="hub name and revision, `local`, or `shape:<name>`; not part of the id")
+
+    @property
+    def is_shape(self) -> bool:
+        """Whether it is an architecture with random weights, of which only costs mean anything."""
+        return self.source.startswith("shape:")
 
 
 class StepSpec(_Frozen):

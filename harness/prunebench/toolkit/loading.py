@@ -54,6 +54,8 @@ class ModelSource:
     name: str
     source: str
     allowed: Allowed = frozenset()
+    shape: str | None = None
+    """The name of an architecture with random weights; `folder` is nothing then."""
 
 
 @dataclass(frozen=True)

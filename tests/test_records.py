@@ -27,6 +27,7 @@ from prunebench.results.records import (
     slug,
     upgraded,
 )
+from prunebench.results.verdicts import content_checksum
 from prunebench.targets import parse_target
 
 FILE_NAME = re.compile(r"[a-z0-9.+-]+")
@@ -385,15 +386,19 @@ def test_the_json_schema_fits_the_files(status: str) -> None:
     assert set(data) == set(schema["properties"])
 
 
-@pytest.mark.parametrize("schema", [1, 2, 3])
-def test_older_records_are_read_without_predictions_and_masks(schema: int) -> None:
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
+def test_older_records_are_read_without_what_they_did_not_have(schema: int) -> None:
     data = json.loads(make_record().to_json())
     del data["checksum"], data["provenance"]["predicted_seconds"], data["provenance"]["predicted_peak_bytes"]
-    del data["masks"], data["rescored_from"]
+    del data["masks"], data["rescored_from"], data["steps"][0]["floors"], data["scores"]["eval0"]["reason"]
     data["schema"] = schema
     record = RunRecord.model_validate(upgraded(data))
-    assert (record.schema_, record.provenance.predicted_seconds, record.provenance.predicted_peak_bytes) == (4, None, None)
+    assert (record.schema_, record.provenance.predicted_seconds, record.provenance.predicted_peak_bytes) == (5, None, None)
     assert (record.masks, record.rescored_from) == (None, None)
+    assert (record.steps[0].floors, record.scores["eval0"].reason) == ({}, None)
+    assert schema == 1 or content_checksum(record) == content_checksum(make_record()), (
+        "what was said of it holds of the upgraded one"
+    )
     assert data["schema"] == schema, "what was read stays as it is"
 
 

@@ -13,7 +13,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-SCHEMA = 4
+from prunebench.results.content import by_content
+from prunebench.results.content import canonical_json as canonical_json
+from prunebench.results.content import checksum as checksum
+from prunebench.results.content import fingerprint as fingerprint
+from prunebench.results.content import slug as slug
+
+SCHEMA = 5
 """The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""
 
 MASKS = "masks"
@@ -107,7 +113,7 @@ class RunSpec(_Frozen):
     def id(self) -> str:
         """Twelve hex digits over content and revisions; names, sources and spellings of evaluations are left out."""
         data = self.model_dump(mode="json", exclude={"model": {"name", "source"}, "evals": {"__all__": {"text"}}})
-        return hashlib.sha256(canonical_json(_by_content(data)).encode()).hexdigest()[:12]
+        return hashlib.sha256(canonical_json(by_content(data)).encode()).hexdigest()[:12]
 
     @property
     def method(self) -> str:
@@ -129,6 +135,10 @@ class StepRecord(_Frozen):
     distribution: str
     version: str
     phases: dict[str, float] = Field(description="seconds by phase; they add up to the step")
+    floors: dict[str, float] = Field(
+        default_factory=dict,
+        description="seconds by phase that no implementation avoids at the machine's measured rates; empty where not known",
+    )
     peak_device_bytes: int | None = Field(description="peak allocated on the accelerator during the step; None on CPU")
     peak_host_bytes: int | None = Field(description="peak resident memory of the process during the step")
     host_peak_sampled: bool = Field(description="the host peak was sampled, so a short one may be missing")
@@ -175,7 +185,8 @@ class SampleRecord(_Frozen):
 class ScoreRecord(_Frozen):
     """One evaluation's value with its conditions and raw answers."""
 
-    value: float | None = Field(description="None where no one number stands for the whole")
+    value: float | None = Field(description="None where no one number stands for the whole, or there is none")
+    reason: str | None = Field(default=None, description="why there is no value; None where there is one")
     unit: str
     higher_is_better: bool
     seconds: float
@@ -258,7 +269,7 @@ def _with_checksum(schema: dict[str, Any]) -> None:
 class RunRecord(_Frozen):
     """One run and what came out."""
 
-    schema_: Literal[4] = Field(default=4, alias="schema")
+    schema_: Literal[5] = Field(default=5, alias="schema")
     id: str
     machine: str
     spec: RunSpec
@@ -306,43 +317,15 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """A record's data in the present schema; the file stays as it is.
 
     Schema 1 did not say how a value is made of its items; there was perplexity only. Schema 2 had no predictions,
-    schema 3 kept no masks.
+    schema 3 kept no masks, schema 4 had no floors and no reasons of scores without a value.
     """
     if data["schema"] == 1:
         for score in data.get("scores", {}).values():
             if score.get("conditions", {}).get("eval") == "perplexity":
                 score["sample"] = {"column": "nll", "exponential": True, "documents": "document"}
-    return {**data, "schema": SCHEMA} if data["schema"] in (1, 2, 3) else data
+    return {**data, "schema": SCHEMA} if data["schema"] in (1, 2, 3, 4) else data
 
 
 def eval_revision(record: RunRecord, score: ScoreRecord) -> int | None:
     """The revision of the evaluation that gave a score."""
     return next((spec.revision for spec in record.spec.evals if spec.conditions == score.conditions), None)
-
-
-def canonical_json(data: Any) -> str:
-    """One spelling for equal data: sorted keys, no spaces."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def checksum(data: dict[str, Any]) -> str:
-    """SHA-256 of a record's canonical JSON without its checksum."""
-    return hashlib.sha256(canonical_json({k: v for k, v in data.items() if k != "checksum"}).encode()).hexdigest()
-
-
-def fingerprint(data: BaseModel | dict[str, Any]) -> str:
-    """Eight hex digits of conditions or of a recipe."""
-    plain = data.model_dump(mode="json") if isinstance(data, BaseModel) else data
-    return hashlib.sha256(canonical_json(_by_content(plain)).encode()).hexdigest()[:8]
-
-
-def _by_content(data: Any) -> Any:
-    """Data without what says where a text came from: the mirror's copy and the Hub's are one when their content is."""
-    if isinstance(data, dict):
-        return {key: _by_content(value) for key, value in data.items() if key not in ("origin", "complete")}
-    return [_by_content(value) for value in data] if isinstance(data, list) else data
-
-
-def slug(text: str) -> str:
-    """A file name of at most 100 of `[a-z0-9.+-]` that cannot leave its folder."""
-    return re.sub(r"[^a-z0-9.+-]+", "-", text.lower()).strip("-.")[:100].rstrip("-.") or "x"

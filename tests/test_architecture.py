@@ -59,7 +59,7 @@ class Layer:
     """Packages of others that may be imported for type checking."""
 
 
-CONTRACT = frozenset({"spec", "effort", "handles", "hooks", "targets", "errors", "plain"})
+CONTRACT = frozenset({"spec", "scoring", "effort", "handles", "hooks", "targets", "errors", "plain"})
 LAYERS = {
     "contract": Layer(frozenset(), frozenset({"pluggy"}), frozenset({"torch", "transformers"})),
     "toolkit": Layer(frozenset({"contract", "shipped"}), frozenset(TENSORS | FILES_AND_FOLDERS)),

@@ -127,6 +127,7 @@ def _score_record(name: str, score: Score, spec: EvalSpec, seconds: float) -> Sc
             raise NonFiniteError(f"the evaluation {' '.join((name, part)).strip()} found {value}, which is no number.")
     return ScoreRecord(
         value=score.value,
+        reason=(score.reason or None) if score.value is None else None,
         unit=score.unit,
         higher_is_better=score.higher_is_better,
         seconds=round(seconds, 3),

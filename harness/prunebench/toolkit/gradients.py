@@ -106,7 +106,9 @@ def _through_block(
             hidden = placement.fetch(inputs[rows]).to(stream.work_dtype()).requires_grad_()
             with torch.enable_grad():
                 output = replica.forward(hidden)
-            below, *found = torch.autograd.grad(output, [hidden, *weights], placement.fetch(gradients[rows]))
+            above = placement.fetch(gradients[rows])
+            # An expert to which no token of the sample went has a gradient of zeros.
+            below, *found = torch.autograd.grad(output, [hidden, *weights], above, materialize_grads=True)
             gradients[rows] = placement.rest(below)
             fold(totals, found, reduce)
         if reduce == "l2":

@@ -67,7 +67,7 @@ class Student:
             for hidden, target in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
                 with torch.enable_grad():
                     loss = nn.functional.mse_loss(self.replica.forward(hidden), target, reduction="sum")
-                    found = torch.autograd.grad(loss, list(self._shown.values()))
+                    found = torch.autograd.grad(loss, list(self._shown.values()), materialize_grads=True)
                 for (matrix, value), gradient in zip(self._values.items(), found, strict=True):
                     value.grad = gradient.masked_fill_(self._gone[matrix], 0) if matrix in self._gone else gradient
                 self._optimizer.step()

@@ -170,7 +170,7 @@ class Replica:
         for batch in self._block.batches():
             for hidden in torch.split(batch, 1):
                 with torch.enable_grad():
-                    found = torch.autograd.grad(loss(self.forward(hidden)), weights)
+                    found = torch.autograd.grad(loss(self.forward(hidden)), weights, materialize_grads=True)
                 fold(totals, found, reduce)
                 samples += 1
         if reduce != "l1":

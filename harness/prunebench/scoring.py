@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prunebench.handles import Placement
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +47,11 @@ class EvalJob:
     progress: Progress
     dense: Callable[[], PreTrainedModel]
     """The model as it was before the first step, on `device` and in the run's dtype; loaded when first asked for."""
+    placement: Placement | None = None
+    """What brings the blocks of `model` and `dense()` to `device` when they are called; None where both models are there whole."""
+    artefact: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None
+    """`artefact(name, make)`: a tensor on the host that depends on the dense weights, where and how work is done, and `name`
+    alone; a later run may find it in the cache. None where nothing is kept. Do not write into it."""
 
 
 @dataclass(frozen=True)

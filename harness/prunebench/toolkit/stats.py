@@ -18,11 +18,18 @@ class Statistic(abc.ABC):
 
     @abc.abstractmethod
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
-        """Take in one batch: [all its tokens, width] in the statistic's dtype, sequence by sequence, and how many these are."""
+        """Take in one batch: [all its tokens, width], sequence by sequence, and how many these are.
+
+        The inputs come in the statistic's dtype, but where it says that it takes them as they are.
+        """
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:
         """What was found."""
+
+    def takes(self, inputs: torch.Tensor) -> bool:
+        """Whether `add` takes inputs of this dtype on this device as they are; a copy in the statistic's dtype is spared."""
+        return inputs.dtype == self.dtype
 
 
 class InputNorm(Statistic):
@@ -98,9 +105,13 @@ class SharedStatistics:
         elif self._leader[name] == same:
             raise RuntimeError(f"{name} shares its input with its neighbour in one batch and not in another.")
         if self._leader[name]:
-            flat = at_least_float32(inputs.detach()).reshape(-1, inputs.shape[-1])
+            flat, wide = inputs.detach().reshape(-1, inputs.shape[-1]), None
             for statistic in self._of[name]:
-                statistic.add(flat, sequences)
+                if statistic.takes(flat):
+                    statistic.add(flat, sequences)
+                else:  # one copy for all that need it
+                    wide = at_least_float32(flat) if wide is None else wide
+                    statistic.add(wide, sequences)
         self._last = (inputs, self._of[name])
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -109,12 +108,12 @@ def with_predictions(requests: Iterable[RunRequest], records: Iterable[RunRecord
 
 def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]:
     """Runs whose model and texts are here."""
-    shapes: dict[Path, ModelShape] = {}
+    shapes: dict[ModelSource, ModelShape] = {}
 
     def shape(source: ModelSource) -> ModelShape:
-        if source.folder not in shapes:
-            shapes[source.folder] = shape_of(source)
-        return shapes[source.folder]
+        if source not in shapes:
+            shapes[source] = shape_of(source)
+        return shapes[source]
 
     return [_known(request, shape(request.model), registry) for request in requests]
 

@@ -6,7 +6,6 @@ Safetensors only. Pickle weights and code that comes with a model are refused un
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from prunebench.errors import ModelError, Refused, first_line
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
@@ -34,6 +32,8 @@ from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.calibration import Vocabulary, context_of
 from prunebench.toolkit.hub import model_patterns, pinned, refusal
+from prunebench.toolkit.quiet import quiet_transformers as quiet_transformers
+from prunebench.toolkit.shapes import NO_TOKENIZER, SHAPE, config_of, content_of, filled, shape_named
 from prunebench.toolkit.trust import check_whole, trusts_code, weight_files
 
 Allowed = frozenset[str]
@@ -90,11 +90,15 @@ def resolve_model(name: str, folders: list[Path], revision: str | None = None, a
 
 
 def find_model(name: str, folders: list[Path], allowed: Allowed = frozenset()) -> ModelSource | None:
-    """A model by a folder's path, a name in `folders` or in the mirror; None where its name is one of the Hub.
+    """A model by a folder's path, a name in `folders` or in the mirror, or `shape:NAME`; None where its name is one of the Hub.
 
     Raises:
         ModelError: it is nowhere.
+        UnknownNameError: there is no such shape.
     """
+    if name.startswith(SHAPE):
+        shape = shape_named(name.removeprefix(SHAPE))
+        return ModelSource(Path(), shape, f"{SHAPE}{shape}", allowed, shape)
     for folder in [*folders, *_mirror_models()]:
         for spelling in dict.fromkeys((name, name.rsplit("/", 1)[-1])) if folder in _mirror_models() else (name,):
             candidate = folder / spelling
@@ -115,6 +119,9 @@ def identify(source: ModelSource) -> ModelIdentity:
     Raises:
         ModelError: the folder is unreadable, or holds what is not allowed.
     """
+    if source.shape:
+        config, shell = _shell(source)
+        return ModelIdentity(content_of(source.shape), NO_TOKENIZER, config, None, str(shell.config._attn_implementation))
     folder = source.folder
     weights = weight_files(folder, source.name, source.allowed)
     trust = trusts_code(folder, source.name, source.allowed)
@@ -145,12 +152,19 @@ def check_unchanged(source: ModelSource, weights: str, tokenizer: str) -> None:
     Raises:
         ModelError: it is another, or is gone.
     """
+    if source.shape:
+        _tell_changed(source, (content_of(source.shape), NO_TOKENIZER), (weights, tokenizer))
+        return
     folder = source.folder
     files = [*weight_files(folder, source.name, source.allowed), *adapter_files(folder)]
     trust = trusts_code(folder, source.name, source.allowed)
     with _readable(source):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    if (_weights_hash(config, files), _tokenizer_hash(folder)) != (weights, tokenizer):
+    _tell_changed(source, (_weights_hash(config, files), _tokenizer_hash(folder)), (weights, tokenizer))
+
+
+def _tell_changed(source: ModelSource, found: tuple[str, str], planned: tuple[str, str]) -> None:
+    if found != planned:
         raise ModelError(
             f"{source.name} is not the model any more that this run was planned for: its files were changed meanwhile. "
             "Run the same command again to measure what is there now."
@@ -241,8 +255,8 @@ def read_widths(siblings: list[int]) -> list[int]:
 
 def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:
     """A model's settings, and the model without its weights."""
-    trust = trusts_code(source.folder, source.name, source.allowed)
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
+    trust = source.shape is None and trusts_code(source.folder, source.name, source.allowed)
+    config = config_of(source.shape) if source.shape else AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
     with torch.device("meta"):
         return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
 
@@ -259,12 +273,26 @@ def _readable(source: ModelSource) -> Iterator[None]:
         raise ModelError(f"{source.name} cannot be read as a causal language model: {first_line(error)}") from error
 
 
-def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
-    """Load a model in eval mode on the host, in `dtype`.
+def empty_model(source: ModelSource) -> PreTrainedModel:
+    """A model on the meta device, without weights.
+
+    Raises:
+        ModelError: its settings are not those of a causal language model.
+    """
+    with _readable(source):
+        shell: PreTrainedModel = _shell(source)[1]
+        return shell
+
+
+def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a model in eval mode on the host, in `dtype`; a shape is drawn on `device` and stays there.
 
     Raises:
         ModelError: the weights cannot be read, or do not fill the model.
     """
+    if source.shape:
+        place = torch.device(device)
+        return filled(empty_model(source), DTYPES[dtype], place, lambda _: place)
     weights = weight_files(source.folder, source.name, source.allowed)
     trust = trusts_code(source.folder, source.name, source.allowed)
     try:
@@ -289,21 +317,6 @@ def load_model(source: ModelSource, dtype: str) -> PreTrainedModel:
         raise ModelError(f"{name} of {source.name} is {list(found)} in its file, and its config.json says {list(wanted)}.")
     model.train(False)
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers."""
-    level = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _mirror_models() -> list[Path]:

@@ -32,6 +32,8 @@ class EvalFacts:
     tokenizer_hash: str
     folder: str
     """Where relative file names in options start."""
+    device: str = "cpu"
+    """Where the run works, as `--device` says it; for what is measured in seconds."""
 
 
 @dataclass(kw_only=True)
@@ -95,6 +97,8 @@ class Eval(abc.ABC):
 
     name: ClassVar[str]
     revision: ClassVar[int] = 1
+    measures_cost: ClassVar[bool] = False
+    """Whether the value says what a model costs and nothing of what it can: such a one may be measured on random weights."""
 
     @abc.abstractmethod
     def conditions(self, facts: EvalFacts) -> JsonDict:

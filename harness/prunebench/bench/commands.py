@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.bench import runner
+from prunebench.bench.cost_only import refuse_shape
 from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import check_output, save_pruned
 from prunebench.bench.machine import default_dtype, machine_slug
@@ -20,6 +21,7 @@ from prunebench.bench.suite import (
     Suite,
     SuiteHead,
     Training,
+    check_measured,
 )
 from prunebench.errors import OptionError, PrunebenchError, Refused, RequestError, RunError, described
 from prunebench.options import parse_step, split_steps
@@ -30,6 +32,7 @@ from prunebench.spec import Progress
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.loading import ALLOWABLE, DTYPES, identify, load_model, resolve_model
+from prunebench.toolkit.shapes import SHAPE
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def narrowed(suite: Suite, models: list[str], methods: list[str]) -> Suite:
         changes["model"] = tuple(_model_entry(_of_working_folder(name), dtype) for name in models)
     if methods:
         changes["method"] = tuple(MethodEntry(steps=tuple(split_steps(method))) for method in methods)
-    return suite.model_copy(update=changes)
+    chosen = suite.model_copy(update=changes)
+    check_measured(chosen, chosen.suite.name)
+    return chosen
 
 
 def _of_working_folder(name: str) -> str:
@@ -116,12 +121,13 @@ def evaluate_model(
     device = pick_device(device)
     dtype = _checked_dtype(dtype) or default_dtype(device)
     source = resolve_model(name, [Path(), suites_folder()], revision, checked_allowed(allowed))
+    refuse_shape(source, "to evaluate")
     identity = identify(source)
     folder = Path.cwd()
     model = ModelSpec(
         name=source.name, weights=identity.weights, tokenizer=identity.tokenizer_hash, dtype=dtype, source=source.source
     )
-    specs = eval_specs(built, identity, dtype, folder)
+    specs = eval_specs(built, identity, dtype, folder, device=device)
     spec = RunSpec(model=model, steps=(), target="dense", seed=None, recipe=Recipe(), evals=specs)
     request = RunRequest(
         spec=spec,
@@ -164,6 +170,7 @@ def _prune_request(options: PruneOptions) -> RunRequest:
         folder=Path.cwd(),
     )
     [request] = Planner(suite, load_registry(), machine_slug(), options.command, device).requests()
+    refuse_shape(request.model, "to write a pruned")
     if request.spec.target == "dense" and options.target.strip() != "dense":
         raise RequestError(f"the steps {request.spec.method} prune nothing, so the target {options.target} cannot be met.")
     return request
@@ -172,7 +179,9 @@ def _prune_request(options: PruneOptions) -> RunRequest:
 def _model_entry(
     name: str, dtype: str | None, revision: str | None = None, allowed: frozenset[str] = frozenset()
 ) -> ModelEntry:
-    """A model of the command line; a name that is no folder is the Hub's when a revision comes with it."""
+    """A model of the command line; a name that is no folder is the Hub's when a revision comes with it, or `shape:NAME`."""
+    if name.startswith(SHAPE):
+        return ModelEntry(shape=name.removeprefix(SHAPE), dtype=dtype)
     return ModelEntry.model_construct(path=name, hub=None, revision=revision, dtype=dtype, allow=tuple(allowed))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from prunebench.bench.cost_only import check_evals, drawn_calibration, drawn_training
 from prunebench.bench.machine import default_device, default_dtype
 from prunebench.bench.overlap import Overlap, overlaps
 from prunebench.bench.specs import (
@@ -31,7 +32,7 @@ from prunebench.shipped import suites_folder
 from prunebench.spec import Needs
 from prunebench.targets import parse_target
 from prunebench.toolkit.calibration import TokenArray, Tokens, calibration_tokens, context_of, packed_windows
-from prunebench.toolkit.loading import ModelIdentity, ModelSource, identify, resolve_model
+from prunebench.toolkit.loading import DTYPES, ModelIdentity, ModelSource, identify, resolve_model, shape_of
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Planner:
             dtype=dtype,
             source=source.source,
         )
-        conditions = eval_specs(evals, identity, dtype, self.suite.folder, entry.reload)
+        check_evals(source, shape_of(source).parameters * DTYPES[dtype].itemsize if source.shape else 0, evals)
+        conditions = eval_specs(evals, identity, dtype, self.suite.folder, entry.reload, self.device)
         found = []
         trained: dict[str, Tokens] = {}
         for cell in cells:
@@ -229,7 +231,9 @@ class Planner:
         if method.needs & CALIBRATED and method.calibration:
             calibration = self._calibration(method.calibration, identity, seed)
         if method.needs & Needs.TRAINING and self.suite.training:
-            training = self._packed(identity, self.suite.training.source, "train", length, self.suite.training.tokens)
+            drawn = drawn_training(identity, self.suite.training, length)
+            asked = self.suite.training
+            training = drawn or self._packed(identity, asked.source, "train", length, asked.tokens)
             self._check_context(identity, training.array.shape[1], "training")
             if self.suite.validation:
                 validation = self._packed(identity, self.suite.validation.source, "validation", length, None)
@@ -239,10 +243,12 @@ class Planner:
         is_file = asked.source.endswith(".npy")  # then its shape counts, and the suite's numbers are not read
         length = sequence_length(asked, context_of(identity.config))
         self._check_context(identity, 0 if is_file else length, "calibration")
-        key = ("calibration", identity.tokenizer_hash, str(seed), str(length), asked.model_dump_json())
+        size = str(identity.vocabulary().size)  # shapes have one tokenizer hash, and random ids of different sizes
+        key = ("calibration", identity.tokenizer_hash, size, str(seed), str(length), asked.model_dump_json())
         if key not in self._tokens:
-            vocabulary = identity.vocabulary()
-            self._tokens[key] = calibration_tokens(asked.source, vocabulary, asked.samples, length, seed, self.suite.folder)
+            drawn = drawn_calibration(identity, asked, length, seed)
+            vocabulary, folder = identity.vocabulary(), self.suite.folder
+            self._tokens[key] = drawn or calibration_tokens(asked.source, vocabulary, asked.samples, length, seed, folder)
         self._check_context(identity, self._tokens[key].array.shape[1], "calibration")
         return self._tokens[key]
 

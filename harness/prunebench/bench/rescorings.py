@@ -86,13 +86,15 @@ class Rescorer:
         Raises:
             RequestError: it cannot be done; the message is the reason.
         """
+        if record.spec.model.is_shape:
+            raise RequestError("the weights of a shape are random, and nothing is scored on them.")
         _check_kept(record, self.store)
         source, identity = self._model_of(record)
         model, folder = record.spec.model, Path.cwd()
         reloaded = any(spec.conditions.get("reloaded") is True for spec in record.spec.evals)
         key = (model.weights, model.dtype, reloaded)
         if key not in self._specs:
-            self._specs[key] = eval_specs(asked, identity, model.dtype, folder, reloaded)
+            self._specs[key] = eval_specs(asked, identity, model.dtype, folder, reloaded, self.device)
         _check_text(record.spec, self._specs[key])
         made = record.provenance
         return RunRequest(

@@ -17,6 +17,7 @@ from prunebench.spec import Changes, Eval, EvalFacts, JsonDict, Needs, Pruner
 from prunebench.targets import Dense, Target, parse_target
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, SAMPLER, TokenArray, Tokens
 from prunebench.toolkit.loading import ModelIdentity
+from prunebench.toolkit.random_tokens import DRAWN
 from prunebench.toolkit.texts import Source
 
 if TYPE_CHECKING:
@@ -132,10 +133,9 @@ def run_spec(
 ) -> RunSpec:
     """The spec of one run."""
     calibration, training = tokens.calibration, tokens.training
-    from_file = calibration is not None and calibration.source.name.endswith(".npy")
     recipe = Recipe(
         calibration=text_spec(calibration.source) if calibration else None,
-        sampler=("as given" if from_file else SAMPLER) if calibration else None,
+        sampler=_sampler(calibration) if calibration else None,
         samples=calibration.array.shape[0] if calibration else None,
         length=calibration.array.shape[1] if calibration else None,
         training=text_spec(training.source) if training else None,
@@ -152,6 +152,12 @@ def run_spec(
         validation_tokens=tokens.validation.content if tokens.validation else None,
         evals=evals,
     )
+
+
+def _sampler(calibration: Tokens) -> str:
+    if calibration.source.origin == "seed":
+        return DRAWN
+    return "as given" if calibration.source.name.endswith(".npy") else SAMPLER
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,12 @@ class AskedEval:
 
 
 def eval_specs(
-    evals: Sequence[AskedEval], identity: ModelIdentity, dtype: str, folder: Path, reloaded: bool = False
+    evals: Sequence[AskedEval],
+    identity: ModelIdentity,
+    dtype: str,
+    folder: Path,
+    reloaded: bool = False,
+    device: str = "cpu",
 ) -> tuple[EvalSpec, ...]:
     """The evaluations with their conditions: what the evaluation says, and what all of them depend on.
 
@@ -181,7 +192,7 @@ def eval_specs(
         DataError: the data of one cannot be had.
         PluginError: one gives no conditions.
     """
-    facts = eval_facts(identity, folder)
+    facts = eval_facts(identity, folder, device)
     common: JsonDict = {
         "weights": identity.weights,
         "tokenizer": identity.tokenizer_hash,
@@ -200,9 +211,9 @@ def eval_specs(
     )
 
 
-def eval_facts(identity: ModelIdentity, folder: Path) -> EvalFacts:
+def eval_facts(identity: ModelIdentity, folder: Path, device: str = "cpu") -> EvalFacts:
     """What an evaluation may look at."""
-    return EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(folder))
+    return EvalFacts(identity.config, identity.tokenizer, identity.tokenizer_hash, str(folder), device)
 
 
 def text_spec(source: Source) -> TextSpec:

@@ -165,8 +165,8 @@ def effort_seconds(effort: Effort, shape: ModelShape, dtype: str, facts: EffortF
 
 
 def block_weights(shape: ModelShape) -> int:
-    """Weights that a token meets in all blocks; experts that it would pass by are counted too."""
-    return max(shape.multiplied - shape.vocabulary * shape.hidden, shape.prunable)
+    """Weights that a token meets in all blocks; where they were not counted, also experts that it would pass by."""
+    return shape.active or max(shape.multiplied - shape.vocabulary * shape.hidden, shape.prunable)
 
 
 def start_seconds(work: Work) -> float:

@@ -16,6 +16,7 @@ from prunebench.results.records import RunRecord
 from prunebench.results.tensor_files import tensor_parts
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.experts import together
 from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify, quiet_transformers
 
 RECORD_FILE = "prunebench.json"
@@ -42,7 +43,8 @@ def write_model(model: PreTrainedModel, source: ModelSource, anatomy: ModelAnato
     """Write a model, its tokenizer and its adapters as a Hugging Face folder."""
     tokenizer = identify(source).tokenizer
     with quiet_transformers():
-        model.save_pretrained(folder)
+        with together(model):
+            model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     for name in TOKENIZER_FILES:

@@ -1,4 +1,4 @@
-"""Tiny random models of twelve families, tokens for them, and a step's job as the harness would make it.
+"""Tiny random models of fourteen families, tokens for them, and a step's job as the harness would make it.
 
 Hidden states are 16 wide, attention 24 where the family lets it differ and the inside of the MLP 40, so that no matrix which
 could be mistaken for its transpose is square; all are multiples of 8, so that 4:8 fits. `int(size * s)` differs from rounding
@@ -20,6 +20,7 @@ from prunebench.spec import Job, JsonDict, Needs, Placement, Pruner
 from prunebench.targets import Target, Unstructured
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.experts import take_apart
 from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import Resident
 
@@ -42,6 +43,7 @@ _LLAMA_LIKE = _COMMON | {
     "max_position_embeddings": 32,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": _WINDOW}
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 _CAPPED = {"query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}
 
 
@@ -87,6 +89,12 @@ _FAMILIES = {
         _COMMON | {"hidden_size": 16, "num_hidden_layers": _DEPTH, "num_attention_heads": 4, "max_position_embeddings": 32},
         "ffn_hidden_size",
     ),
+    "mixtral": _Family("mixtral", _LLAMA_LIKE | _EXPERTS),  # four experts a block; each token goes to two of them
+    "qwen3-moe": _Family(  # the first block has no experts, and the weights of a token's two do not add up to one
+        "qwen3_moe",
+        _LLAMA_LIKE | _EXPERTS | {"intermediate_size": INNER, "mlp_only_layers": [0], "norm_topk_prob": False},
+        "moe_intermediate_size",
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
@@ -123,6 +131,7 @@ def _built(family: str, inner: int, seed: int) -> PreTrainedModel:
             # Far above the initialisation's 0.02, norms and biases too: what a method leaves out or disturbs then shows.
             for parameter in model.parameters():
                 parameter.add_(_NOISE * torch.randn_like(parameter))
+    take_apart(model)
     model.train(False)
     return model
 

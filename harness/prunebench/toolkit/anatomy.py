@@ -2,7 +2,7 @@
 
 The blocks are the members of the outermost `nn.ModuleList` that holds the most linear weights; the prunable matrices are
 the `nn.Linear` and transformers `Conv1D` (weights stored transposed) inside them (`methods.md` 1.1). Embeddings, the head,
-norms, biases and linears outside the blocks are never touched.
+norms, biases, linears outside the blocks and the routers of mixtures of experts are never touched.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prunebench.handles import Matrix
 from prunebench.spec import JobFacts, MatrixFacts
 from prunebench.targets import Target
 from prunebench.toolkit.adapters import Adapters
+from prunebench.toolkit.experts import gates_of
 from prunebench.toolkit.masks import pack_bits, unpack_bits
 from prunebench.toolkit.phases import phase
 
@@ -189,20 +190,20 @@ class ModelAnatomy:
 
 
 def find_anatomy(model: PreTrainedModel) -> ModelAnatomy:
-    """Find the decoder blocks and prunable matrices of a model.
+    """Find the decoder blocks and prunable matrices of a model, whose fused experts were taken apart (`experts.py`).
 
     Raises:
         ModelError: nothing prunable is found, or the blocks cannot be told.
-        Refused: block weights sit in fused 3-D parameters (mixtures of experts), which would be left out silently.
+        Refused: block weights sit in fused 3-D parameters (experts not understood), which would be left out silently.
     """
     list_name, members = _find_blocks(model)
     masks = KeepMasks()
     seen: set[int] = set()
     blocks = []
     for index, member in enumerate(members):
-        matrices = []
+        matrices, gates = [], gates_of(member)
         for name, module in member.named_modules():
-            weight = prunable_weight(module)
+            weight = None if module in gates else prunable_weight(module)
             if weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
                 matrices.append(LinearMatrix(f"{list_name}.{index}.{name}".rstrip("."), module, masks))

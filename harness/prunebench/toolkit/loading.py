@@ -31,6 +31,7 @@ from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
 from prunebench.toolkit.calibration import Vocabulary, context_of
+from prunebench.toolkit.experts import idle_weights, take_apart
 from prunebench.toolkit.hub import model_patterns, pinned, refusal
 from prunebench.toolkit.quiet import quiet_transformers as quiet_transformers
 from prunebench.toolkit.shapes import NO_TOKENIZER, SHAPE, config_of, content_of, filled, shape_named
@@ -98,7 +99,7 @@ def find_model(name: str, folders: list[Path], allowed: Allowed = frozenset()) -
     """
     if name.startswith(SHAPE):
         shape = shape_named(name.removeprefix(SHAPE))
-        return ModelSource(Path(), shape, f"{SHAPE}{shape}", allowed, shape)
+        return ModelSource(Path(), f"{shape} (random weights)", f"{SHAPE}{shape}", allowed, shape)
     for folder in [*folders, *_mirror_models()]:
         for spelling in dict.fromkeys((name, name.rsplit("/", 1)[-1])) if folder in _mirror_models() else (name,):
             candidate = folder / spelling
@@ -200,6 +201,8 @@ class ModelShape:
     """(outputs, inputs) of every prunable matrix; none where blocks are not found, which a run will say."""
     inputs: tuple[int, ...] = ()
     """Widths of what these matrices read; siblings, of one parent and not its last, read the same."""
+    active: int = 0
+    """Weights of the blocks that a token meets: of experts those that it is sent to; 0 where nobody has counted."""
 
     @property
     def prunable(self) -> int:
@@ -222,9 +225,11 @@ def shape_of(source: ModelSource) -> ModelShape:
     tied = head is not None and head.weight is embedding
     matrices = _matrices(shell)
     heads, width = int(getattr(settings, "num_attention_heads", None) or 1), int(settings.hidden_size)
+    multiplied = parameters - (0 if tied else embedding.numel())
+    in_blocks = max(multiplied - int(settings.vocab_size) * width, sum(rows * columns for _, (rows, columns) in matrices))
     return ModelShape(
         parameters=parameters,
-        multiplied=parameters - (0 if tied else embedding.numel()),
+        multiplied=multiplied,
         layers=int(settings.num_hidden_layers),
         hidden=width,
         vocabulary=int(settings.vocab_size),
@@ -233,6 +238,7 @@ def shape_of(source: ModelSource) -> ModelShape:
         attention=heads * int(getattr(settings, "head_dim", None) or width // heads),
         matrices=tuple(shape for _, shape in matrices),
         inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(siblings)),
+        active=in_blocks - idle_weights(shell, getattr(settings, "num_experts_per_tok", None)),
     )
 
 
@@ -258,7 +264,9 @@ def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:
     trust = source.shape is None and trusts_code(source.folder, source.name, source.allowed)
     config = config_of(source.shape) if source.shape else AutoConfig.from_pretrained(source.folder, trust_remote_code=trust)
     with torch.device("meta"):
-        return config, AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)  # type: ignore[no-untyped-call]
+    take_apart(shell)
+    return config, shell
 
 
 @contextmanager
@@ -316,6 +324,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
         name, found, wanted = sorted(info["mismatched_keys"])[0]
         raise ModelError(f"{name} of {source.name} is {list(found)} in its file, and its config.json says {list(wanted)}.")
     model.train(False)
+    take_apart(model)
     return model
 
 

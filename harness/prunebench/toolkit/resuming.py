@@ -67,6 +67,7 @@ class Bookmark:
                 "batch_size": self._job.batch_size,
                 "carried": written,
                 # Nobody who keeps the contract draws from them; untouched ones differ from process to process.
+                "starved": self._stream.starved.tokens,
                 "generators": None if drawn == self._generators else drawn,
             }
             checkpoint.keep(WalkState(done, len(self._job.anatomy.blocks), blocks, passing, facts))
@@ -95,6 +96,7 @@ class Bookmark:
             anatomy.masks.put_back(block.matrices, state.blocks)
         carried.put_back(self._carries, state.passing, facts["carried"])
         self._job.batch_size = facts["batch_size"]
+        self._stream.starved.meet(facts["starved"])
         if _HIDDEN in state.passing:
             self._stream.go_on(facts["at"], state.passing[_HIDDEN])
         if facts["generators"] is not None:

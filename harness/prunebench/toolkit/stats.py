@@ -20,8 +20,13 @@ class Statistic(abc.ABC):
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Take in one batch: [all its tokens, width], sequence by sequence, and how many these are.
 
+        An expert of a mixture reads some of the tokens, in the order in which it is given them.
         The inputs come in the statistic's dtype, but where it says that it takes them as they are.
         """
+
+    def pass_by(self, sequences: int) -> None:
+        """Take in so many sequences of which the matrix, one of an expert's, read no token."""
+        self.add(torch.zeros(0, self.width, device=self.device, dtype=self.dtype), sequences)
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:
@@ -81,6 +86,7 @@ class Gram(Statistic):
 class SharedStatistics:
     """One pass's statistics of several kinds for several matrices, shared where matrices read one tensor.
 
+    A matrix of an expert may be called in some batches and not in others; its statistics count the sequences of all of them.
     Siblings such as q, k and v are called one after another with the very same tensor; that is seen in the first batch and
     relied on, under a check, in the later ones.
     """
@@ -88,8 +94,10 @@ class SharedStatistics:
     def __init__(self, kinds: tuple[type[Statistic], ...], matrices: int) -> None:
         """For so many matrices."""
         self._kinds, self._matrices = kinds, matrices
-        self._calls = 0
+        self._calls = self._sequences = 0
         self._each_once: bool | None = None
+        self._called: set[str] = set()
+        self._tokens: dict[str, int] = {}
         self._of: dict[str, list[Statistic]] = {}
         self._leader: dict[str, bool] = {}
         self._last: tuple[torch.Tensor, list[Statistic]] | None = None
@@ -102,8 +110,11 @@ class SharedStatistics:
         if name not in self._of:
             self._leader[name] = not same
             self._of[name] = self._last[1] if same and self._last else self._fresh(inputs)
+            self._pass_by(name, self._sequences)
         elif self._leader[name] == same:
             raise RuntimeError(f"{name} shares its input with its neighbour in one batch and not in another.")
+        self._called.add(name)
+        self._tokens[name] = self._tokens.get(name, 0) + inputs.numel() // inputs.shape[-1]
         if self._leader[name]:
             flat, wide = inputs.detach().reshape(-1, inputs.shape[-1]), None
             for statistic in self._of[name]:
@@ -119,11 +130,19 @@ class SharedStatistics:
         """Whether this batch has shown all that it will, known once the first has called every matrix, and each just once."""
         return bool(self._each_once) and self._calls == self._matrices
 
-    def end_batch(self) -> None:
-        """Let go of the last tensor seen."""
+    def end_batch(self, sequences: int) -> None:
+        """Let go of the last tensor seen; the batch had so many sequences."""
+        for name in self._of.keys() - self._called:
+            self._pass_by(name, sequences)
+        self._sequences += sequences
+        self._called.clear()
         if self._each_once is None:
             self._each_once = self._calls == len(self._of) == self._matrices
         self._last, self._calls = None, 0
+
+    def tokens(self, name: str) -> int:
+        """How many tokens a matrix has read."""
+        return self._tokens.get(name, 0)
 
     def values(self, name: str) -> list[torch.Tensor]:
         """The values for a matrix, one a kind; the same tensors for matrices that share."""
@@ -133,6 +152,11 @@ class SharedStatistics:
         if id(shared) not in self._values:
             self._values[id(shared)] = [statistic.value() for statistic in shared]
         return self._values[id(shared)]
+
+    def _pass_by(self, name: str, sequences: int) -> None:
+        if self._leader[name] and sequences:
+            for statistic in self._of[name]:
+                statistic.pass_by(sequences)
 
     def _fresh(self, inputs: torch.Tensor) -> list[Statistic]:
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunebench.errors import ContractError
 from prunebench.spec import Job
+from prunebench.toolkit.gathering import Starved
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import paying_batch
@@ -31,6 +32,7 @@ class Stream:
         self._hidden: torch.Tensor | None = None
         self._calls: list[BlockCall] = []
         self._at = 0
+        self.starved = Starved(job)
 
     @property
     def batch_size(self) -> int:

@@ -10,17 +10,17 @@ Nothing is held across a `yield`: no hook, context manager, grad mode or autocas
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from prunebench.spec import BlockHandle, Job, Matrix
+from prunebench.toolkit.gathering import gather
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.resuming import Bookmark
-from prunebench.toolkit.stats import SharedStatistics, Statistic
+from prunebench.toolkit.stats import Statistic
 from prunebench.toolkit.stream import Stream
 
 Reduce = Literal["rms", "l1", "l2"]
@@ -96,6 +96,8 @@ class Block:
     def collect(self, *kinds: type[Statistic]) -> Any:
         """Gather statistics of the inputs of every matrix in one pass of the calibration set through the block.
 
+        An expert of a mixture reads the tokens that are routed to it, and where these are too few all of them, in a second pass.
+
         Args:
             kinds: classes of statistics, any number in one pass.
 
@@ -104,7 +106,11 @@ class Block:
         """
         self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
         modules = {matrix: matrix.module for matrix in self.matrices}
-        return self._stream.halving(lambda: _gather(modules, kinds, self.batches(), self.forward), self.index)
+
+        def attempt() -> Any:
+            return gather(self.module, modules, kinds, self.batches, self.forward, self._stream.starved)
+
+        return self._stream.halving(attempt, self.index)
 
     def replica(self, dtype: torch.dtype | None = None, of: nn.Module | None = None) -> Replica:
         """A detached copy of the block (or of another such block), whose parameters take gradients; float32 unless given
@@ -145,8 +151,10 @@ class Replica:
         stream, modules = self._block._stream, {m: self._inner[m.name] for m in self._block.matrices}
 
         def attempt() -> Any:
-            batches = self._block.batches() if inputs is None else torch.split(inputs, stream.batch_size)
-            return _gather(modules, kinds, batches, self.forward)
+            def batches() -> Iterable[torch.Tensor]:
+                return self._block.batches() if inputs is None else torch.split(inputs, stream.batch_size)
+
+            return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
 
         return stream.halving(attempt, self._block.index)
 
@@ -196,49 +204,3 @@ def fold(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], redu
         else:
             total.addcmul_(gradient, gradient)
 
-
-def _gather(
-    modules: Mapping[Matrix, nn.Module],
-    kinds: tuple[type[Statistic], ...],
-    batches: Iterable[torch.Tensor],
-    forward: Callable[[torch.Tensor], torch.Tensor],
-) -> Any:
-    """Statistics of what each matrix's module reads while `forward` runs over the batches, as `Block.collect` returns them."""
-    with phase("statistics"):
-        shared = SharedStatistics(kinds, len(modules))
-        with _hooked(modules, shared) as batch_size, torch.no_grad():
-            for hidden in batches:
-                batch_size[0] = hidden.shape[0]
-                with suppress(_AllRead):
-                    forward(hidden)
-                shared.end_batch()
-        values = {matrix: shared.values(matrix.name) for matrix in modules}
-    found: tuple[dict[Matrix, torch.Tensor], ...] = tuple(
-        {matrix: of_matrix[i] for matrix, of_matrix in values.items()} for i in range(len(kinds))
-    )
-    return found[0] if len(kinds) == 1 else found
-
-
-class _AllRead(Exception):
-    """Every matrix has read its input: ends a forward of which nobody reads the rest, in a LLaMA block a fifth of the work."""
-
-
-@contextmanager
-def _hooked(modules: Mapping[Matrix, nn.Module], shared: SharedStatistics) -> Iterator[list[int]]:
-    """Show what each matrix's module reads to the statistics while the block runs; yields a cell for the batch size."""
-    batch_size = [0]
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
-        def see(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            shared.see(name, args[0] if args else next(iter(kwargs.values())), batch_size[0])
-            if shared.complete:
-                raise _AllRead
-
-        return see
-
-    handles = [module.register_forward_pre_hook(hook_for(m.name), with_kwargs=True) for m, module in modules.items()]
-    try:
-        yield batch_size
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -96,7 +96,7 @@ class Block:
     def collect(self, *kinds: type[Statistic]) -> Any:
         """Gather statistics of the inputs of every matrix in one pass of the calibration set through the block.
 
-        An expert of a mixture reads the tokens that are routed to it, and where these are too few all of them, in a second pass.
+        An expert of a mixture reads the tokens that are routed to it; where these are too few all, in a second pass.
 
         Args:
             kinds: classes of statistics, any number in one pass.
@@ -203,4 +203,3 @@ def fold(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], redu
             total.add_(gradient.abs_())
         else:
             total.addcmul_(gradient, gradient)
-

@@ -397,9 +397,12 @@ WRONG = {
     "hub without revision": (edited('path = "tiny"', 'hub = "o/n"'), "at model.0: a hub model needs its revision, a commit."),
     "path and hub": (
         edited('path = "tiny"', 'path = "tiny"\nhub = "o/n"\nrevision = "c"'),
-        "at model.0: name the model by path or",
+        "at model.0: name the model by path, by hub or by shape",
     ),
-    "neither path nor hub": (edited('path = "tiny"\n', ""), "at model.0: name the model by path or by hub, one of them."),
+    "neither path nor hub": (
+        edited('path = "tiny"\n', ""),
+        "at model.0: name the model by path, by hub or by shape, one of them.",
+    ),
     "empty steps": (edited('["magnitude"]', "[]"), "at method.0.steps: list should have at least 1 item"),
     "empty targets": (edited('["0.5", "4:8"]', "[]"), "at grid.targets: list should have at least 1 item"),
     "negative seed": (edited("[0, 7]", "[0, -1]"), "at grid.seeds.1: input should be greater than or equal to 0"),

@@ -25,6 +25,7 @@ from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.hub import Download, data_download, fetch_description, model_download, pinned
 from prunebench.toolkit.loading import ModelSource, find_model, shape_of
 from prunebench.toolkit.placement import MOST_SEQUENCES
+from prunebench.toolkit.random_tokens import RANDOM
 from prunebench.toolkit.texts import KNOWN, find_set, mirror, resolve_file
 
 TEXT_TOKENS, C4_TOKENS, TASK_QUESTIONS = 300_000, 480, 1000
@@ -77,7 +78,7 @@ def _data_sets(planner: Planner) -> dict[str, _Parts]:
                 if repo != "json":
                     found.setdefault(repo, set()).add((config, None))
     for name, split in texts:
-        if not _is_file(name):
+        if not _is_file(name) and name != RANDOM:
             place = find_set(name, split)
             found.setdefault(place.repo, set()).add((place.config, place.shard))
     return found

@@ -62,6 +62,8 @@ class ModelEntry(_Section):
             raise ValueError("name the model by path, by hub or by shape, one of them")
         if self.hub is not None and self.revision is None:
             raise ValueError("a hub model needs its revision, a commit")
+        if self.shape is not None and (self.revision is not None or self.allow or self.reload):
+            raise ValueError("a shape has no files, so revision, allow and reload mean nothing for it")
         return self
 
     @property
@@ -191,9 +193,14 @@ class Suite(_Section):
     folder: Path = Path()
 
 
+def measures_costs_only(suite: Suite) -> bool:
+    """Whether every model is a shape, so that there is no quality to measure."""
+    return all(entry.shape is not None for entry in suite.model)
+
+
 def with_dense(suite: Suite) -> Suite:
-    """The suite, with the dense model first where it has no such run: every table needs it."""
-    if any(tuple(map(str.strip, entry.steps)) == ("dense",) for entry in suite.method):
+    """The suite, with the dense model first where it has no such run: every table of scores needs it."""
+    if measures_costs_only(suite) or any(tuple(map(str.strip, entry.steps)) == ("dense",) for entry in suite.method):
         return suite
     return suite.model_copy(update={"method": (MethodEntry(steps=("dense",)), *suite.method)})
 
@@ -234,9 +241,14 @@ def load_suite(name: str) -> Suite:
         suite = Suite.model_validate({**data, "folder": path.resolve().parent})
     except ValidationError as error:
         raise _explain(path.name, error) from None
-    if not suite.eval:
-        raise RequestError(f"the suite {path.name} lacks [[eval]]: there is nothing to measure.")
+    check_measured(suite, path.name)
     return suite
+
+
+def check_measured(suite: Suite, name: str) -> None:
+    """Raise a RequestError where a model, which is no shape, would be pruned and then not measured."""
+    if not suite.eval and not measures_costs_only(suite):
+        raise RequestError(f"the suite {name} lacks [[eval]]: there is nothing to measure.")
 
 
 def _explain(name: str, error: ValidationError) -> RequestError:

@@ -2,13 +2,16 @@
 
 The reference for "untouched" is taken before each step: fingerprints of everything outside the prunable matrices, and for
 the matrices the dense weights under the masks left by earlier steps, or a copy where an earlier step changed survivors.
+
+Of a model that is never there whole the weights are looked at when a block is left (`virtual.py`): `Looks` has what was seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -20,6 +23,30 @@ from prunebench.toolkit.dense import DenseWeights
 
 EXTRA_ZEROS = 0.001
 """The share of a matrix that may be zero beyond what the mask removes, unless the method noted why (`extra_zeros`)."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an audit has to know of a weight."""
+
+    not_finite: int
+    """Entries that are NaN or infinite."""
+    zeros: int
+    left: int
+    """Entries that the mask removes and that are not zero."""
+
+
+class Looks(Protocol):
+    """What was seen of weights that are not there any more."""
+
+    def look(self, matrix: LinearMatrix) -> Look:
+        """At a matrix, when its block was left last."""
+
+    def differing(self, matrix: LinearMatrix) -> int:
+        """Survivors of a matrix that the step changed."""
+
+    def changed(self) -> Collection[str]:
+        """Parameters of blocks, outside the matrices, that the step changed."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +94,9 @@ class Finding:
 class Before:
     """What a step found, to compare with what it leaves."""
 
-    def __init__(self, anatomy: ModelAnatomy, dense: DenseWeights, survivors_changed: bool) -> None:
+    def __init__(self, anatomy: ModelAnatomy, dense: DenseWeights, survivors_changed: bool, looks: Looks | None = None) -> None:
         """`survivors_changed`: an earlier step changed survivors, so the dense weights no longer tell."""
-        self._anatomy, self._dense = anatomy, dense
+        self._anatomy, self._dense, self._looks = anatomy, dense, looks
         self.masks = anatomy.masks.copy()
         self._adapters = len(anatomy.adapters)
         self._tied = anatomy.tied()
@@ -94,9 +121,9 @@ class Before:
             raise ContractError("the step attached adapters, which it does not declare.")
         if self._anatomy.tied() != self._tied and not (changes & Changes.HEAD and self._head_untied()):
             raise ContractError("the step untied parameters that shared one tensor, or tied others.")
-        now = fingerprints(self._anatomy)
+        now, seen = fingerprints(self._anatomy), set(self._looks.changed() if self._looks else ())
         for name in sorted(self._prints.keys() | now.keys()):
-            if self._prints.get(name) != now.get(name) and not changes & kind_of(name, self._anatomy):
+            if (name in seen or self._prints.get(name) != now.get(name)) and not changes & kind_of(name, self._anatomy):
                 raise ContractError(f"the step changed {name}, which it does not declare.")
         if not changes & Changes.KEPT_WEIGHTS:
             for matrix in self._anatomy.matrices:
@@ -129,21 +156,39 @@ class Before:
         return self._anatomy.tied() == tuple(group for group in without if len(group) > 1)
 
     def _check_survivors(self, matrix: LinearMatrix, changes: Changes) -> None:
-        mask = self._anatomy.masks.get(matrix.name)
-        now, was = _bits(matrix.weight), _bits(self.weight(matrix))
-        differs = now != was
-        if mask is not None:
-            differs &= mask.to(differs.device)
-        old = self.masks.get(matrix.name)
-        if old is not None and changes & Changes.MASK_MOVES:  # what comes back takes its dense value
-            differs &= old.to(differs.device) | (now != _bits(self._dense.weight(matrix)))
-        if bool(differs.any()):
+        if self._looks is not None:
+            found = self._looks.differing(matrix)
+        else:
+            mask, old = self._anatomy.masks.get(matrix.name), self.masks.get(matrix.name)
+            dense = self._dense.weight(matrix) if old is not None and changes & Changes.MASK_MOVES else None
+            found = differing(matrix.weight, self.weight(matrix), mask, old, dense)
+        if found:
             raise ContractError(
-                f"the step changed {int(differs.sum())} surviving entries of {matrix.name}, and does not declare KEPT_WEIGHTS."
+                f"the step changed {found} surviving entries of {matrix.name}, and does not declare KEPT_WEIGHTS."
             )
 
 
-def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = False) -> Finding:
+def differing(
+    now: torch.Tensor, was: torch.Tensor, mask: torch.Tensor | None, old: torch.Tensor | None, dense: torch.Tensor | None
+) -> int:
+    """How many survivors of a matrix are not the bits that they were, all [outputs, inputs].
+
+    Args:
+        now: the weight.
+        was: as the step found it.
+        mask: the keep mask, if there is one.
+        old: the one before the step.
+        dense: before the first step, where masks may move: what comes back takes its dense value.
+    """
+    differs = bits(now) != bits(was)
+    if mask is not None:
+        differs &= mask.to(differs.device)
+    if old is not None and dense is not None:
+        differs &= old.to(differs.device) | (bits(now) != bits(dense))
+    return int(differs.sum())
+
+
+def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = False, looks: Looks | None = None) -> Finding:
     """Count, and compare with the target.
 
     Args:
@@ -151,12 +196,13 @@ def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = F
         target: what was asked for.
         group: in which comparison group unstructured counts are exact: `row`, `matrix`, `model` or `columns:N`.
         explained: whether the method noted why there are extra zeros.
+        looks: what was seen of the weights, where they are not there.
 
     Raises:
         AuditError: the target is not met; names the matrix that fails.
         NonFiniteError: a matrix holds NaN or infinity.
     """
-    findings = tuple(_examine(matrix, anatomy.masks, target, group) for matrix in anatomy.matrices)
+    findings = tuple(_examine(matrix, anatomy, target, group, looks) for matrix in anatomy.matrices)
     if group == "model" and isinstance(target, Unstructured):
         total, wanted = sum(f.removed for f in findings), target.removed(anatomy.prunable_parameters)
         if total != wanted:
@@ -171,24 +217,28 @@ def audit(anatomy: ModelAnatomy, target: Target, group: str, explained: bool = F
     return Finding(findings, anatomy.prunable_parameters, anatomy.block_parameters, anatomy.total_parameters)
 
 
-def _examine(matrix: LinearMatrix, masks: Mapping[str, torch.Tensor], target: Target, group: str) -> MatrixFinding:
-    weight = matrix.weight
-    if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(f"{matrix.name} holds {int((~torch.isfinite(weight)).sum())} entries that are NaN or infinite.")
-    is_zero = weight == 0
-    zeros = int(is_zero.sum())
-    mask = masks.get(matrix.name)
+def look_at(weight: torch.Tensor, mask: torch.Tensor | None) -> Look:
+    """A weight and its keep mask, if it has one, [outputs, inputs]."""
+    finite, is_zero = torch.isfinite(weight), weight == 0
+    left = 0 if mask is None else int((~mask.to(weight.device) & ~is_zero).sum())
+    return Look(0 if bool(finite.all()) else int((~finite).sum()), int(is_zero.sum()), left)
+
+
+def _examine(matrix: LinearMatrix, anatomy: ModelAnatomy, target: Target, group: str, looks: Looks | None) -> MatrixFinding:
+    mask = anatomy.masks.get(matrix.name)
+    found = look_at(matrix.weight, mask) if looks is None else looks.look(matrix)
+    if found.not_finite:
+        raise NonFiniteError(f"{matrix.name} holds {found.not_finite} entries that are NaN or infinite.")
     if mask is None:
         if target.sparsity > 0:
             raise AuditError(f"{matrix.name} has no keep mask: the method did not prune it, or wrote zeros without `keep`.")
-        return MatrixFinding(matrix.name, matrix.shape, 0, zeros, zeros)
-    gone = ~mask.to(weight.device)
-    if bool((gone & ~is_zero).any()):
-        left = int((gone & ~is_zero).sum())
-        raise AuditError(f"{left} entries of {matrix.name} that its mask removes are not zero in the weights.")
+        return MatrixFinding(matrix.name, matrix.shape, 0, found.zeros, found.zeros)
+    if found.left:
+        raise AuditError(f"{found.left} entries of {matrix.name} that its mask removes are not zero in the weights.")
+    gone = ~(mask if looks else mask.to(matrix.weight.device))
     removed = int(gone.sum())
     _check_counts(matrix, gone, removed, target, group)
-    return MatrixFinding(matrix.name, matrix.shape, removed, zeros, zeros - removed)
+    return MatrixFinding(matrix.name, matrix.shape, removed, found.zeros, found.zeros - removed)
 
 
 def _check_counts(matrix: LinearMatrix, gone: torch.Tensor, removed: int, target: Target, group: str) -> None:
@@ -242,7 +292,7 @@ def fingerprints(anatomy: ModelAnatomy) -> dict[str, bytes]:
     found = {}
     for name, tensor in tensors:
         described = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-        content = b"" if id(tensor) in matrices else _raw(tensor)
+        content = b"" if id(tensor) in matrices or tensor.is_meta else _raw(tensor)
         found[name] = hashlib.blake2b(described + content, digest_size=16).digest()
     return found
 
@@ -251,7 +301,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Integers with the bits of a float tensor, so that -0.0 is not 0.0."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(whole)

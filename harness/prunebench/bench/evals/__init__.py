@@ -6,6 +6,7 @@ from prunebench.bench.evals.divergence import Divergence
 from prunebench.bench.evals.generation import Generation
 from prunebench.bench.evals.layer_error import LayerError
 from prunebench.bench.evals.perplexity import Perplexity
+from prunebench.bench.evals.speed import Speed
 from prunebench.bench.evals.zero_shot import ZeroShot
 from prunebench.spec import Eval, hookimpl
 
@@ -13,4 +14,4 @@ from prunebench.spec import Eval, hookimpl
 @hookimpl
 def prunebench_evals() -> list[type[Eval]]:
     """The evaluations."""
-    return [Perplexity, Divergence, LayerError, Generation, ZeroShot]
+    return [Perplexity, Divergence, LayerError, Generation, ZeroShot, Speed]

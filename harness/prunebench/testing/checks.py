@@ -43,6 +43,7 @@ from prunebench.testing.trial import (
 from prunebench.toolkit.adapter_files import load_adapters, save_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before, audit
+from prunebench.toolkit.experts import take_apart, together
 from prunebench.toolkit.loading import quiet_transformers
 
 TARGETS: tuple[Target, ...] = (Unstructured(0.5), Unstructured(0.6), NM(2, 4), NM(4, 8), NM(1, 4))
@@ -152,8 +153,10 @@ def check_saves(make: Factory, family: str) -> None:
     trial = Trial(make, family, tasks(make, family, TARGETS)[0]).prune()
     model = trial.model
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        model.save_pretrained(folder)
+        with together(model):
+            model.save_pretrained(folder)
         again: PreTrainedModel = type(model).from_pretrained(folder, dtype=model.dtype)
+        take_apart(again)
         save_adapters(trial.anatomy, Path(folder))
         anatomy = find_anatomy(again)
         load_adapters(anatomy, Path(folder))

@@ -108,11 +108,11 @@ class Experts(nn.ModuleList):
     @contextmanager
     def showing(self, indices: Iterable[int]) -> Iterator[None]:
         """Call these experts with all tokens for the time inside; what the block computes stays the same, but for last bits."""
-        self._shown = frozenset(indices)
+        before, self._shown = self._shown, frozenset(indices)
         try:
             yield
         finally:
-            self._shown = frozenset()
+            self._shown = before
 
     def fused(self) -> nn.Module:
         """A fused module with these experts' numbers, which from then on are views of its parameters."""

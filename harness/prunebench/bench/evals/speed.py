@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -106,30 +106,45 @@ class Speed(Eval):
         dense, remark = _dense(job) if pruned else (job.model, "")
         choice = _choice(pruned, patterns, job.device)
         with torch.cuda.device(job.device) if job.device.type == "cuda" else nullcontext(), torch.inference_mode():
-            layers, products = self._layers(job, dense, pruned, choice)
-            whole = _whole(job, dense, pruned, products)
+            layers, taken = self._layers(job, dense, pruned, choice)
+            whole = _whole(job, dense, pruned, taken)
         told = (whole[0].note, choice.details, remark, power_limit(job.device))
         whole[0] = replace(whole[0], note="; ".join(part for part in told if part))
-        reason = choice.reason or _why_none(whole, pruned, products)
+        reason = choice.reason or _why_none(whole, pruned, taken)
         value = None if reason else whole[0].speed_up if pruned else 1.0
         return Score(value, "speed-up", True, columns([*whole, *layers]), _parts(whole), reason=reason)
 
     def _layers(
         self, job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], choice: Choice
-    ) -> tuple[list[Row], dict[str, Product]]:
-        """Rows of single products, and the product of each matrix that a kernel takes, by name."""
+    ) -> tuple[list[Row], Taken]:
+        """Rows of single products, and what the kernels take."""
         if not choice.kernels:
-            return [], {}
+            return [], Taken()
         weights = {matrix.name: matrix.weight for matrix in find_anatomy(dense).matrices}
         found = time_layers(pruned, weights, choice.kernels, points(self.batches, job.conditions["prompt"]), job.progress)
         let_go()
-        products = {}
+        taken = Taken()
         for matrix in pruned:
-            if matrix.shape in found.best:
-                product = made(found.best[matrix.shape], matrix.weight)
-                if not isinstance(product, str):
-                    products[matrix.name] = product
-        return found.rows, products
+            kernel = found.best.get(matrix.shape)
+            product = made(kernel, matrix.weight) if kernel else ""
+            if kernel and not isinstance(product, str):
+                taken.products[matrix.name] = product
+                taken.by[kernel.name] += 1
+        return found.rows, taken
+
+
+@dataclass
+class Taken:
+    """The matrices that kernels take."""
+
+    products: dict[str, Product] = field(default_factory=dict)
+    """By the matrix's name."""
+    by: Counter[str] = field(default_factory=Counter)
+    """How many each kernel takes."""
+
+    def label(self, of: int) -> str:
+        """Which kernels take how many, of so many that are pruned."""
+        return f"{' + '.join(f'{kernel} {count}' for kernel, count in self.by.items())} of {of}" if self.by else ""
 
 
 def _dense(job: EvalJob) -> tuple[PreTrainedModel, str]:
@@ -154,20 +169,19 @@ def _choice(pruned: Sequence[Matrix], patterns: Mapping[str, str], device: torch
     return kernels_for(pattern, device, pruned[0].weight.dtype)
 
 
-def _why_none(whole: Sequence[Row], pruned: Sequence[Matrix], products: Mapping[str, Product]) -> str:
+def _why_none(whole: Sequence[Row], pruned: Sequence[Matrix], taken: Taken) -> str:
     """Why there is no value although kernels run here; empty where there is one."""
     if not pruned:
         return ""
-    return "no kernel takes these shapes" if not products else OUT_OF_MEMORY if not whole[0].speed_up else ""
+    return "no kernel takes these shapes" if not taken.products else OUT_OF_MEMORY if not whole[0].speed_up else ""
 
 
-def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], products: Mapping[str, Product]) -> list[Row]:
+def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken: Taken) -> list[Row]:
     """Rows of the whole model, decoding of the smallest batch first; a batch for which there is no memory is the last."""
     vocabulary = int(job.model.config.get_text_config().vocab_size)
     forms: list[Callable[[], Form]] = [lambda: (dense, nullcontext())]
-    if products:
-        forms.append(lambda: (job.model, replaced(pruned, products)))
-    kernel = f"{len(products)} of {len(pruned)} matrices" if products else ""
+    if taken.products:
+        forms.append(lambda: (job.model, replaced(pruned, taken.products)))
     batches, prompt, written = (job.conditions[name] for name in ("batches", "prompt", "written"))
     decoding, prefill = [], []
     for done, batch in enumerate(batches):
@@ -182,8 +196,8 @@ def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], produ
         note = f"{launch}, {device_state(job.device)}"
         steps, reads = [one.step for one in served], [one.prefill for one in served]
         for rows, phase, tokens, seconds in ((decoding, "decode", batch, steps), (prefill, "prefill", batch * prompt, reads)):
-            sparse = seconds[1] if products else 0.0
-            rows.append(Row.timed(WHOLE, phase, batch, tokens, seconds[0], sparse, kernel, note))
+            sparse = seconds[1] if taken.products else 0.0
+            rows.append(Row.timed(WHOLE, phase, batch, tokens, seconds[0], sparse, taken.label(len(pruned)), note))
     let_go()
     return decoding + prefill
 

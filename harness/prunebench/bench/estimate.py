@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from prunebench.bench.costs import RatesFor, Work, eval_bytes, step_bytes
 from prunebench.bench.experience import Basis, Experience, parts, past_of
+from prunebench.bench.floors import run_floors
+from prunebench.bench.machine_rates import machine_rates
 from prunebench.bench.plan import Planner, Prediction, RunRequest
 from prunebench.bench.rates import Rates, rates_of
 from prunebench.bench.specs import build_method
@@ -89,21 +92,29 @@ class Estimator:
         return rates
 
 
-def with_predictions(requests: Iterable[RunRequest], records: Iterable[RunRecord], planner: Planner) -> list[RunRequest]:
-    """The requests, each with what it is expected to take.
+def with_predictions(
+    requests: Iterable[RunRequest], records: Iterable[RunRecord], planner: Planner, folder: Path | None = None
+) -> list[RunRequest]:
+    """The requests, each with what it is expected to take, and what no implementation avoids.
 
     Args:
         requests: all that are to do.
         records: the latest of each run, of any machine.
         planner: who made the requests.
+        folder: of the machine in a results folder, which keeps what the machine can do; without it floors stay unknown.
 
     Raises:
         PluginError: a pruner does not say what it computes.
+        WriteError: what the machine can do cannot be written.
     """
     asked = list(requests)
     estimator = Estimator.of(planner, records)
     works = known_work(asked, planner.registry)
-    return [replace(request, predicted=estimator.estimate(work).prediction) for request, work in zip(asked, works, strict=True)]
+    rates = machine_rates(folder, planner.machine, planner.device).times(estimator.threads) if folder and asked else None
+    return [
+        replace(request, predicted=estimator.estimate(work).prediction, floors=run_floors(work, rates) if rates else ())
+        for request, work in zip(asked, works, strict=True)
+    ]
 
 
 def known_work(requests: Iterable[RunRequest], registry: Registry) -> list[Work]:

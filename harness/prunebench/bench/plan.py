@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,6 +105,8 @@ class RunRequest:
     """Bytes that its process may use on the host."""
     resources: RunResources = RunResources()
     predicted: Prediction | None = None
+    floors: tuple[Mapping[str, float], ...] = ()
+    """Seconds by phase that no implementation avoids, one mapping a step; none where they are not known."""
     reload: bool = False
     """Write the pruned model to disk and read it back before it is evaluated."""
     tuned: str | None = None

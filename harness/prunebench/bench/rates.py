@@ -16,6 +16,7 @@ import torch
 from prunebench.bench.runner import threads
 from prunebench.toolkit.cache import digest, load_json, save_json
 from prunebench.toolkit.loading import DTYPES, ModelShape
+from prunebench.toolkit.memory import let_go
 from prunebench.toolkit.placement import HOST_TOKENS
 
 SECONDS = 0.2
@@ -72,6 +73,7 @@ def rates_of(shape: ModelShape, dtype: str, device: str, machine: str) -> Rates:
     if found is None:
         with threads(1 if on_host else 0), torch.no_grad():
             found = _measured(shape, dtype, torch.device(device))
+        let_go()  # the runs need the device's memory, in other processes
         save_json("rates", key, asdict(found))
     return found
 
@@ -98,16 +100,16 @@ def _measured(shape: ModelShape, dtype: str, device: torch.device) -> Rates:
     sizes = _sizes(shape, on_host)
     for outputs, inputs in sizes:
         rows, matrix = _filled(kind, device, tokens, inputs), _filled(kind, device, outputs, inputs)
-        taken += _best(lambda rows=rows, matrix=matrix: rows @ matrix.t(), device, SECONDS / len(sizes))  # type: ignore[misc]
+        taken += quickest(lambda rows=rows, matrix=matrix: rows @ matrix.t(), device, SECONDS / len(sizes))  # type: ignore[misc]
         operations += 2 * tokens * outputs * inputs
     width = max(1, (shape.attention or shape.hidden) // shape.heads)
     queries = _filled(kind, device, tokens // SEQUENCE, shape.heads, SEQUENCE, width)
-    attending = _best(lambda: torch.nn.functional.scaled_dot_product_attention(queries, queries, queries), device, SECONDS)
+    attending = quickest(lambda: torch.nn.functional.scaled_dot_product_attention(queries, queries, queries), device, SECONDS)
     elements = _filled(kind, device, ELEMENTS_ON_HOST if on_host else ELEMENTS_ON_DEVICE)
-    moving = _best(lambda: elements * elements, device, SECONDS)
+    moving = quickest(lambda: elements * elements, device, SECONDS)
     size = min(max(shape.inputs or (shape.hidden,)), LARGEST_ON_HOST if on_host else LARGEST_ON_DEVICE)
     gram = torch.eye(size, device=device) + _filled(torch.float32, device, size, size) / size
-    factoring = _best(lambda: torch.linalg.cholesky_ex(gram), device, SECONDS)
+    factoring = quickest(lambda: torch.linalg.cholesky_ex(gram), device, SECONDS)
     small = _filled(torch.float32, device, 64)
 
     def launch() -> None:
@@ -119,7 +121,7 @@ def _measured(shape: ModelShape, dtype: str, device: torch.device) -> Rates:
         attention=4 * tokens * SEQUENCE * shape.heads * width / attending,
         moved=3 * elements.nbytes / moving,
         factored=size**3 / factoring,
-        launch=_best(launch, device, SECONDS) / LAUNCHES,
+        launch=quickest(launch, device, SECONDS) / LAUNCHES,
     )
 
 
@@ -127,7 +129,7 @@ def _filled(dtype: torch.dtype, device: torch.device, *size: int) -> torch.Tenso
     return torch.full(size, 0.5, dtype=dtype, device=device)
 
 
-def _best(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+def quickest(work: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Seconds of the quickest of as many as fit into `seconds`, one at least, after one that wakes the device up.
 
     On a CPU seconds in which the thread had a core.

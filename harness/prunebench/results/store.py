@@ -123,6 +123,10 @@ class ResultStore:
         """The files that bear a run's id, relative to the results folder; none is read."""
         return frozenset(path.relative_to(self.folder).as_posix() for path in self._files_of_run(machine, run_id))
 
+    def folder_of_machine(self, machine: str) -> Path:
+        """Where a machine's records are, and what it can do (`machines.py`)."""
+        return self.folder / _machine_folder(machine)
+
     def write(self, record: RunRecord, log: bytes = b"") -> Path:
         """Write a record, and give its file; see `keep`."""
         return self.folder / self.keep(record, log).path
@@ -181,7 +185,7 @@ class ResultStore:
         return self.folder.glob(f"{_machine_folder(machine)}/*/*-{slug(run_id)}*.json")
 
     def _folder_of(self, record: RunRecord) -> Path:
-        return self.folder / _machine_folder(record.machine) / slug(record.spec.model.name)
+        return self.folder_of_machine(record.machine) / slug(record.spec.model.name)
 
     def _settle(self, written: Path, folder: Path, stem: str) -> Path:
         attempts = [_attempt_in(path.name) for path in folder.glob(f"{stem}*.json")]

@@ -103,9 +103,10 @@ def retraining_effort(settings: Retraining, facts: EffortFacts, trainings: int =
 def reconstruction_effort(settings: Retraining, facts: EffortFacts) -> list[Effort]:
     """What `reconstruct` computes: in each block every step, and the dense block's outputs in float32."""
     tokens, batch = settings.steps * settings.batch * facts.length, facts.batch_size * facts.length
+    passes = TO_WEIGHTS if settings.subset in LORA_KINDS or settings.subset == "all" else TO_INPUTS
     trained = Effort(
         phase="training",
-        blocks=TO_WEIGHTS * tokens,
+        blocks=passes * tokens,
         length=facts.length,
         at_once=batch,
         looks=8 * settings.steps,

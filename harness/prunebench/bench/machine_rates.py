@@ -1,0 +1,124 @@
+"""What this machine can do at best: products by dtype, a copy on the device, a copy from pinned host memory. About ten seconds.
+
+Floors rest on these rates (`floors.py`), so they may be too high and never too low. Hence the best of several sizes and
+repetitions, never a mean. On a CPU one thread is measured, by the time in which it had a core, and counted so many times as a
+run has threads: other processes may have the cores meanwhile, and several threads would wait for each other wherever another
+process has one. Threads that share a core, a cache or the memory's bus do less together than so many times what one does
+alone; floors are then lower than they could be, and still floors.
+
+`rates.py` measures at a model's sizes what runs are expected to take; these are of the machine alone, and kept with it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from prunebench.bench import machine
+from prunebench.bench.rates import quickest
+from prunebench.bench.runner import threads
+from prunebench.results.machines import MachineFile, MachineRates, read_machine, write_machine
+from prunebench.toolkit.cache import digest, load_json, save_json
+from prunebench.toolkit.loading import DTYPES
+from prunebench.toolkit.memory import is_out_of_memory, let_go
+
+SECONDS = 0.2
+"""How long each rate is measured at each size, at least once and after one that wakes the device up."""
+
+LONGEST = 1.0
+"""A product that took longer is the last of its dtype: the next size takes eight times as long."""
+
+SIDES_ON_HOST, SIDES_ON_DEVICE = (512, 1024, 2048), (4096, 8192, 16384)
+"""Of square matrices: a product of the largest takes a thread a third of a second, and a GPU a hundredth."""
+
+COPIED_ON_HOST, COPIED_ON_DEVICE, UPLOADED = 1 << 28, 1 << 30, 1 << 28
+"""Bytes of a copy: more than caches hold."""
+
+DTYPES_MEASURED = ("float32", "bfloat16", "float16")
+
+TF32 = "tf32"
+
+
+def machine_rates(folder: Path, name: str, device: str) -> MachineRates:
+    """A machine's rates from its file; measured, and written there, where it has none of this torch, device and driver.
+
+    Args:
+        folder: of the machine, inside a results folder.
+        name: the machine's slug.
+        device: where runs are.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    kind, known = torch.device(device).type, read_machine(folder, name)
+    made_by = (machine.device_name(device), machine.driver_version() if kind == "cuda" else None, torch.__version__)
+    found = known.rates.get(kind)
+    if found is not None and found.made_by(*made_by):
+        return found
+    found = _remembered(kind, made_by)
+    write_machine(folder, MachineFile(machine=name, rates={**known.rates, kind: found}))
+    return found
+
+
+def _remembered(kind: str, made_by: tuple[str, str | None, str]) -> MachineRates:
+    """From the user's cache, for another results folder; measured where it has none."""
+    key = digest([kind, *map(str, made_by)])
+    kept = load_json("machine", key)
+    try:
+        if kept:
+            return MachineRates.model_validate(kept)
+    except ValueError:  # changed by another hand
+        pass
+    found = measured_rates(torch.device(kind), *made_by)
+    save_json("machine", key, found.model_dump(mode="json"))
+    return found
+
+
+def measured_rates(device: torch.device, name: str, driver: str | None, version: str) -> MachineRates:
+    """Measure now; what was held for it is given back."""
+    on_host = device.type == "cpu"
+    with threads(1 if on_host else 0), torch.no_grad():
+        products = {kind: _best_product(DTYPES[kind], device) for kind in DTYPES_MEASURED}
+        copied = _best_copy(device, device, COPIED_ON_HOST if on_host else COPIED_ON_DEVICE)
+        uploaded = None if on_host else _best_copy(torch.device("cpu"), device, UPLOADED)
+    let_go()  # the runs need the memory, in other processes
+    return MachineRates(
+        device=name,
+        driver=driver,
+        torch=version,
+        threads=1 if on_host else 0,
+        products=products,
+        copied=2 * copied,
+        uploaded=uploaded,
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _best_product(dtype: torch.dtype, device: torch.device, within: AbstractContextManager[object] | None = None) -> float:
+    """Operations a second of the best size that fits, float32 accumulation or whatever the library takes by default."""
+    best = 0.0
+    with within or nullcontext():
+        for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
+            try:
+                first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+                taken = quickest(lambda a=first, b=second: a @ b, device, SECONDS)  # type: ignore[misc]
+            except (MemoryError, RuntimeError) as error:
+                if not best or not is_out_of_memory(error):
+                    raise
+                break
+            best = max(best, 2 * side**3 / taken)
+            if 8 * taken > LONGEST:
+                break
+    return best
+
+
+def _best_copy(source: torch.device, target: torch.device, size: int) -> float:
+    """Bytes copied a second; from the host by pinned memory."""
+    pinned = source.type != target.type
+    from_ = torch.full((size,), 1, dtype=torch.uint8, device=source)
+    from_ = from_.pin_memory() if pinned else from_
+    into = torch.empty(size, dtype=torch.uint8, device=target)
+    return size / quickest(lambda: into.copy_(from_, non_blocking=pinned), target, SECONDS)

@@ -6,7 +6,7 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -164,21 +164,22 @@ def _next_step(
     assert checkpoints is not None
     artefacts, checkpoint = Artefacts(work.request, pruner, first=not standing.steps), checkpoints.of_step(pruner, notes)
     job = work.job(pruner, progress, notes, artefacts, checkpoint)
-    before = Before(anatomy, work.dense, standing.survivors_changed)
+    before = Before(anatomy, work.dense, standing.survivors_changed, work.looks)
     cost = take_step(pruner, job, notes)
     artefacts.settle(cost)
     if checkpoint is not None:
         checkpoint.settle(cost)
     standing.crowded |= cost.crowded
     outcome.crowded = standing.crowded
-    standing.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused))
+    floors = work.request.floors[len(standing.steps)] if work.request.floors else {}
+    standing.steps.append(_step_record(pruner, registry, cost, notes, artefacts.reused, floors))
     progress("audit", 0, 1)
     before.check_masks(changes)
     before.check_declared(changes)
     if changes & Changes.MASKS and pruner.audit_group() != "earlier":
         standing.group = pruner.audit_group()  # a later step without masks of its own is held to the pattern it found
     standing.explained |= "extra_zeros" in notes
-    outcome.finding = audit(anatomy, work.target, standing.group, standing.explained)
+    outcome.finding = audit(anatomy, work.target, standing.group, standing.explained, work.looks)
     standing.changes |= changes.value
     checkpoints.step_done(standing, anatomy)
 
@@ -276,7 +277,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict, reused: list[str]) -> StepRecord:
+def _step_record(
+    pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict, reused: list[str], floors: Mapping[str, float]
+) -> StepRecord:
     entry = registry.pruners[pruner.name]
     return StepRecord(
         pruner=pruner.name,
@@ -285,6 +288,7 @@ def _step_record(pruner: Pruner, registry: Registry, cost: Cost, notes: JsonDict
         distribution=entry.distribution,
         version=entry.version,
         phases={name: round(seconds, 6) for name, seconds in sorted(cost.phases.items())},
+        floors=dict(floors),
         peak_device_bytes=cost.peak_device_bytes,
         peak_host_bytes=cost.peak_host_bytes,
         host_peak_sampled=cost.host_peak_sampled,

@@ -111,7 +111,8 @@ def run(
     todo, done = split_settled(requests, records, planner.machine, again, endings)
     if keep:
         _tell_kept(keep, known_work(todo, planner.registry), [run.spec.id for run in done], records, planner.machine, results)
-    predict = None if cluster else partial(with_predictions, records=records, planner=planner)
+    folder = store.folder_of_machine(planner.machine)
+    predict = None if cluster else partial(with_predictions, records=records, planner=planner, folder=folder)
     swept(todo, len(done), store, chosen, again, predict)
 
 

@@ -27,7 +27,9 @@ import torch
 
 from prunebench.effort import TO_INPUTS, Effort, EffortFacts, training_effort
 from prunebench.spec import Changes, Job, JobFacts, Matrix, Needs, Pruner, option
+from prunebench.toolkit.adapter_files import NO_NAME
 from prunebench.toolkit.adapters import Adapter
+from prunebench.toolkit.experts import is_of_expert
 from prunebench.toolkit.lowrank import LowRank
 from prunebench.toolkit.recovery import generators, merge_and_compare, next_token_loss, report, retraining_effort, shuffled
 from prunebench.toolkit.retrain import Retraining, Scope, train, whole_model
@@ -103,8 +105,13 @@ class Lora(Pruner):
         return Changes.ADAPTER if self.merge == "apart" else Changes.KEPT_WEIGHTS
 
     def refuses(self, facts: JobFacts) -> str | None:
-        """A model in which a role is not found."""
-        return unknown_roles(self.roles, facts)
+        """A model in which a role is not found, or in which an adapter's matrix would have no name in PEFT's format."""
+        reason = unknown_roles(self.roles, facts)
+        if reason or self.merge == "masked":
+            return reason
+        played = (m.name for m in facts.matrices if is_of_expert(m.name) and bool(rows_with(self.roles, m, facts.config).any()))
+        expert = next(played, None)
+        return f"an adapter of {expert} could not be saved: {NO_NAME}; merge=masked needs none." if expert else None
 
     def effort(self, facts: EffortFacts) -> Sequence[Effort]:
         """Beside the weights no gradient of a matrix is taken; for the masks that of the merged one."""

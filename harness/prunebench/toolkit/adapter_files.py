@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from prunebench.errors import ContractError, ModelError
+from prunebench.errors import ContractError, ModelError, WriteError
 from prunebench.toolkit.adapters import Adapter
 from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.experts import is_of_expert
 
 ADAPTER_FOLDER = "adapter"
+NO_NAME = "PEFT has no name for a matrix of one expert, as transformers keeps those of all experts in one parameter"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _PLAIN = {"peft_type": "LORA", "bias": "none"}
@@ -40,10 +42,16 @@ def save_adapters(anatomy: ModelAnatomy, folder: Path) -> None:
     """Write the adapters attached to a model into its folder; nothing where there are none.
 
     Several adapters of one matrix become one, of all their ranks together.
+
+    Raises:
+        WriteError: one belongs to an expert of a mixture, for which the format has no name.
     """
     joined = _joined(anatomy)
     if not joined:
         return
+    for name in joined:
+        if is_of_expert(name):
+            raise WriteError(f"the adapter of {name} cannot be written: {NO_NAME}.")
     modules = {matrix.name: matrix.module for matrix in anatomy.matrices}
     ranks = {name: adapter.down.shape[0] for name, adapter in joined.items()}
     alphas = {name: adapter.scale * ranks[name] for name, adapter in joined.items()}

@@ -19,6 +19,7 @@ from prunebench.answers import ask
 from prunebench.bench import machine
 from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.checkpoints import Checkpoints, Standing
+from prunebench.bench.drawn import drawn_model, without_checkpoints
 from prunebench.bench.evaluation import evaluate
 from prunebench.bench.export import write_model
 from prunebench.bench.mask_bank import Bank
@@ -27,6 +28,7 @@ from prunebench.bench.plan import RunRequest
 from prunebench.bench.rescoring import rescored
 from prunebench.bench.workplace import Workplace, set_up
 from prunebench.errors import AuditError, ContractError, NonFiniteError, Refused
+from prunebench.handles import Placement
 from prunebench.options import option_values, parse_step
 from prunebench.plugins import Registry, load_registry
 from prunebench.results.records import (
@@ -69,6 +71,8 @@ class Outcome:
     """Other processes were at work on the cores that a step needed."""
     batch_size: int = 0
     """Sequences at a time: as asked, or as chosen by what was free."""
+    placement: Placement | None = None
+    """Where the model's blocks rest; None where it was not pruned here, or was read back."""
     checkpoints: Checkpoints | None = None
     bank: Bank | None = None
     changes: Changes = Changes.NOTHING
@@ -96,7 +100,8 @@ def run(request: RunRequest, progress: Progress, executor: str) -> RunRecord:
             if request.reload:
                 model = reloaded(request, model, outcome)
             chosen = replace(request, batch_size=outcome.batch_size)
-            evaluate(chosen, model, progress, outcome.scores, outcome.kept, outcome.note)
+            if request.spec.evals:
+                evaluate(chosen, model, progress, outcome.scores, outcome.kept, outcome.note, outcome.placement)
             _check_model(request)
             if outcome.bank is not None:
                 progress("keep masks", 0, 1)
@@ -125,14 +130,17 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     free = free_bytes(torch.device(request.device), request.memory)
     progress("load", 0, 1)
     _check_model(request)
-    model = load_model(request.model, request.spec.model.dtype)
+    is_shape, dtype = request.model.shape is not None, request.spec.model.dtype
+    model = drawn_model(request, pruners, free) if is_shape else load_model(request.model, dtype)
     anatomy = outcome.anatomy = find_anatomy(model)
-    load_adapters(anatomy, request.model.folder)
+    if not is_shape:
+        load_adapters(anatomy, request.model.folder)
     outcome.bank = Bank(request, anatomy) if request.keep else None
     ask_all(pruners, anatomy, target, [step.text for step in request.spec.steps])
-    outcome.checkpoints = checkpoints = Checkpoints(request, pruners)
+    outcome.checkpoints = checkpoints = Checkpoints(without_checkpoints(request, model), pruners)
     work = set_up(checkpoints.request, model, anatomy, target, pruners, free)
     checkpoints.arranged(work.request)
+    outcome.placement = work.placement
     own_parameters, outcome.batch_size = anatomy.total_parameters, work.request.batch_size
     outcome.started, outcome.clock = checkpoints.began(outcome.started, outcome.clock)
     standing = checkpoints.restore(anatomy)
@@ -187,6 +195,7 @@ def _next_step(
 def reloaded(request: RunRequest, model: PreTrainedModel, outcome: Outcome) -> PreTrainedModel:
     """The pruned model as whoever downloads it would have it: written to disk and read back, adapters too."""
     assert outcome.anatomy is not None
+    outcome.placement = None
     with tempfile.TemporaryDirectory() as aside:
         folder = Path(aside) / "model"
         write_model(model.to("cpu"), request.model, outcome.anatomy, folder)  # type: ignore[arg-type]

@@ -9,13 +9,16 @@ import torch
 from transformers import PreTrainedModel
 
 from prunebench.bench.artefacts import Artefacts
+from prunebench.bench.drawn import VIRTUAL, dense_weights, drawing_place, virtual_footprint
 from prunebench.bench.plan import RunRequest
 from prunebench.handles import Checkpoint
 from prunebench.spec import Job, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import Target
 from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.audit import Looks
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.placement import Arrangement, HostActivations, Resident, Streaming, arrange, footprint, place_model
+from prunebench.toolkit.virtual import Drawing, is_virtual
 
 _AT_REST = {
     Resident: None,
@@ -36,6 +39,11 @@ class Workplace:
     placement: Resident
     dense: DenseWeights
 
+    @property
+    def looks(self) -> Looks | None:
+        """What was seen of weights that are not there any more; None where all are there."""
+        return self.placement if isinstance(self.placement, Drawing) else None
+
     def job(
         self,
         pruner: Pruner,
@@ -46,8 +54,11 @@ class Workplace:
     ) -> Job:
         """A step's job."""
         needs, spec = pruner.needs(), self.request.spec
-        if said := _AT_REST[type(self.placement)]:
+        if said := _AT_REST.get(type(self.placement)):
             notes["little memory is free"] = said
+        if isinstance(self.placement, Drawing):
+            notes[VIRTUAL] = "drawn block by block on the device, looked at and dropped, in no phase"
+            self.placement.begin()
         tokens = {
             f"{name}_tokens": None if array is None else torch.from_numpy(array) for name, array in self.request.tokens.items()
         }
@@ -86,9 +97,12 @@ def set_up(
         free: bytes on the device before the model was loaded.
     """
     chosen = _arranged(request, model, anatomy, pruners, free)
-    placement = chosen.resting(request.device)
-    place_model(model, [block.module for block in anatomy.blocks], placement)
-    dense = DenseWeights(anatomy, request.model.folder)
+    if is_virtual(model):
+        placement: Resident = drawing_place(chosen.resting, request, anatomy)
+    else:
+        placement = chosen.resting(request.device)
+        place_model(model, [block.module for block in anatomy.blocks], placement)
+    dense = dense_weights(request, anatomy)
     return Workplace(replace(request, batch_size=chosen.batch_size), model, anatomy, target, placement, dense)
 
 
@@ -98,10 +112,14 @@ def _arranged(
     resting: list[type[Resident]] = [Resident]
     if torch.device(request.device).type != "cpu":
         resting.append(HostActivations)
-        if not any(pruner.needs() & Needs.TRAINING for pruner in pruners):  # whole models are trained on the device
+        if not is_virtual(model) and not any(
+            pruner.needs() & Needs.TRAINING for pruner in pruners
+        ):  # whole models are trained on the device
             resting.append(Streaming)
     tokens = request.tokens.get("calibration")
     samples, length = (0, 0) if tokens is None else tokens.shape
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
     taken = footprint(model, anatomy.blocks, samples, length, hidden)
+    if is_virtual(model):
+        taken = virtual_footprint(taken)
     return arrange(taken, free, resting, request.batch_size or None)

@@ -24,8 +24,7 @@ class DenseWeights:
 
     def __init__(self, anatomy: ModelAnatomy, folder: Path | None = None) -> None:
         """`folder` is where the model was loaded from; without one the weights are copied to the host now."""
-        self._names = {id(module): name for name, module in anatomy.model.named_modules()}
-        self._hooks = {name: set(module._forward_hooks) for name, module in anatomy.model.named_modules()}
+        self._remember(anatomy)
         self._files = _files_by_tensor(folder) if folder else {}
         self._found: dict[str, tuple[Piece, ...]] = {}
         self._copies: dict[str, torch.Tensor] = {}
@@ -34,6 +33,11 @@ class DenseWeights:
             for block in anatomy.blocks:
                 for name, parameter in block.module.named_parameters():
                     self._copies[f"{block.name}.{name}"] = parameter.detach().to("cpu", copy=True)
+
+    def _remember(self, anatomy: ModelAnatomy) -> None:
+        """What modules are called, and which hooks they have."""
+        self._names = {id(module): name for name, module in anatomy.model.named_modules()}
+        self._hooks = {name: set(module._forward_hooks) for name, module in anatomy.model.named_modules()}
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The dense weight [outputs, inputs], on the matrix's device, in its dtype."""

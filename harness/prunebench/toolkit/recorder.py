@@ -79,8 +79,8 @@ def record_calls(job: Job, batch_size: int) -> tuple[torch.Tensor, list[BlockCal
             batch = tokens[start : start + batch_size]
             first = run(batch)
             if hidden is None:
-                hidden = job.placement.rest(first.new_empty((0, *first.shape[1:]))).new_empty((len(tokens), *first.shape[1:]))
-            hidden[start : start + len(batch)] = job.placement.rest(first)
+                hidden = job.placement.room(first, len(tokens))
+            job.placement.store(hidden, slice(start, start + len(batch)), first)
     assert hidden is not None
     return hidden, calls
 

@@ -45,21 +45,25 @@ class Stream:
 
     def chosen(self, index: int, samples: Sequence[int]) -> torch.Tensor:
         """A block's inputs for some of the calibration sequences, on the device."""
-        return self._job.placement.fetch(self.inputs(index)[list(samples)])
+        return self._job.placement.pick(self.resting(index), samples)
 
     def batches(self, index: int) -> Iterator[torch.Tensor]:
         """A block's inputs for all of them, in order, on the device."""
-        hidden = self.inputs(index)
-        for rows in _slices(0, len(hidden), self.batch_size):
-            yield self._job.placement.fetch(hidden[rows])
+        hidden = self.resting(index)
+        yield from self._job.placement.batches(hidden, _slices(0, len(hidden), self.batch_size))
 
     def call(self, index: int, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """What a block, or a copy of it, makes of a hidden state, with the arguments that the model gives the block."""
         if not self._calls:
-            self.inputs(index)
+            self.resting(index)
         with evaluating(module):
             args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype)
             return unpack(module(hidden, *args, **kwargs))
+
+    def expect(self, index: int) -> None:
+        """The block of this number, if there is one, is brought next."""
+        blocks = self._job.anatomy.blocks
+        self._job.placement.expect(blocks[index].module if index < len(blocks) else None)
 
     def leave(self, index: int) -> None:
         """Move on from a block: its outputs, as it now is, become the inputs of the next."""
@@ -68,6 +72,7 @@ class Stream:
 
     def state(self) -> tuple[int, torch.Tensor | None]:
         """The block whose inputs the hidden states are, and these; None where nobody has asked for data yet."""
+        self._job.placement.finish()
         return self._at, self._hidden
 
     def go_on(self, at: int, hidden: torch.Tensor) -> None:
@@ -84,11 +89,12 @@ class Stream:
             with torch.no_grad(), evaluating(self._job.model):
                 self._calls = record_arguments(self._job)
         finally:
-            placement.release(first)
-        self._at, self._hidden = at, placement.rest(hidden.clone())
+            placement.drop(first)
+        self._at, self._hidden = at, placement.room(hidden, len(hidden)).copy_(hidden)
 
     def close(self) -> None:
         """Let go of everything; nothing can be asked for afterwards."""
+        self._job.placement.finish()
         self._hidden, self._calls, self._at = None, [], len(self._job.anatomy.blocks)
 
     def outputs(self) -> torch.Tensor:
@@ -96,6 +102,7 @@ class Stream:
         hidden, self._hidden = self._hidden, None
         if hidden is None or self._at < len(self._job.anatomy.blocks):
             raise ContractError("the last block was not run yet, or its outputs are gone.")
+        self._job.placement.finish()
         return hidden
 
     def returning(self, hidden: torch.Tensor) -> Any:
@@ -107,7 +114,13 @@ class Stream:
         return torch.float64 if self._job.model.dtype == torch.float64 else torch.float32
 
     def inputs(self, index: int) -> torch.Tensor:
-        """The hidden states that enter a block, where activations rest, brought up to it if need be.
+        """The hidden states that enter a block, where activations rest, to be read there; raises as `resting`."""
+        hidden = self.resting(index)
+        self._job.placement.finish()
+        return hidden
+
+    def resting(self, index: int) -> torch.Tensor:
+        """The same for whoever has the placement fetch them: some may still be on their way to where they rest.
 
         Raises:
             Refused: the model's blocks cannot be run one by one.
@@ -139,13 +152,15 @@ class Stream:
                 module = modules[self._at]
                 placement.bring(module)
                 try:
+                    self.expect(self._at + 1)
                     if self._hidden is None:
                         self._record()
                     self.propagate(self._at)
                 finally:
-                    placement.release(module)
+                    placement.drop(module)
         finally:
             placement.bring(modules[index])
+            self.expect(index + 1)
 
     def propagate(self, index: int) -> None:
         """Run a block over its inputs, which its outputs overwrite; started again, it goes on where they are still inputs."""
@@ -156,9 +171,9 @@ class Stream:
         def attempt() -> None:
             nonlocal written
             assert self._hidden is not None
-            for rows in _slices(written, len(self._hidden), self.batch_size):
-                batch = self._job.placement.fetch(self._hidden[rows])
-                self._hidden[rows] = self._job.placement.rest(self.call(index, module, batch))
+            parts = _slices(written, len(self._hidden), self.batch_size)
+            for rows, batch in zip(parts, self._job.placement.batches(self._hidden, parts), strict=True):
+                self._job.placement.store(self._hidden, rows, self.call(index, module, batch))
                 written = rows.stop
 
         with phase("propagation"), torch.no_grad():
@@ -179,6 +194,5 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             inner.training = mode
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]

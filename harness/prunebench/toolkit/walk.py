@@ -45,13 +45,18 @@ def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
             job.progress("block", index, len(blocks))
             job.placement.bring(handle.module)
             try:
-                yield Block(handle, index, stream)
+                stream.expect(index + 1)
+                try:
+                    yield Block(handle, index, stream)
+                finally:
+                    job.placement.settle(handle.module)
                 stream.leave(index)
             finally:
                 job.placement.release(handle.module)
             bookmark.leave(index + 1)
         job.progress("block", len(blocks), len(blocks))
     finally:
+        job.placement.expect(None)
         stream.close()
 
 
@@ -104,7 +109,7 @@ class Block:
         Returns:
             For one kind a mapping from matrix to value; for several, a tuple of such mappings in the same order.
         """
-        self._stream.inputs(self.index)  # before any hook: the first recording runs a block on one sequence
+        self._stream.resting(self.index)  # before any hook: the first recording runs a block on one sequence
         modules = {matrix: matrix.module for matrix in self.matrices}
 
         def attempt() -> Any:

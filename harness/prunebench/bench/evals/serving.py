@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from prunebench.bench.evals.clocks import WARM_UP, CannotRecord, Launch, elapsed, launched, launches
+from prunebench.bench.evals.clocks import WARM_UP, CannotRecord, Launch, Work, elapsed, launched, launches
 
 ROUNDS = 5
 
@@ -46,22 +46,26 @@ class Session:
         self._token = prompts[:, -1:].clone()
         named = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in named else {})}
-        self.prefill = self._launched(self._read)
-        self.prefill()
-        self._step = self._launched(self._write)
+        self._recorded: dict[str, Work] = {}  # nothing of its own is kept here: a circle would hold the cache's memory
+        if launch == "graph":
+            self._recorded["read"] = launched(self._read, prompts.device, launch)
+            self.prefill()
+            self._recorded["write"] = launched(self._write, prompts.device, launch)
+
+    def prefill(self) -> None:
+        """Read the prompts."""
+        self._recorded.get("read", self._read)()
 
     def decode(self) -> None:
         """Write the new tokens; `prefill` comes before it each time."""
+        step = self._recorded.get("write", self._write)
         for _ in range(self._new_tokens):
-            self._step()
+            step()
 
     @property
     def token(self) -> torch.Tensor:
         """The token each sequence has come to, [batch, 1]."""
         return self._token
-
-    def _launched(self, work: Callable[[], None]) -> Callable[[], object]:
-        return launched(work, self._prompts.device, self._launch)
 
     def _new_cache(self) -> StaticCache | DynamicCache:
         """Keys and values: for a graph in one place for ever."""
@@ -93,6 +97,7 @@ def serve(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, launch
     device = prompts.device
     with torch.inference_mode():
         session = Session(model, prompts, new_tokens, launch)
+        session.prefill()
         session.decode()
         prefills, steps = [], []
         for _ in range(ROUNDS):

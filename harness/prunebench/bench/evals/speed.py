@@ -122,7 +122,6 @@ class Speed(Eval):
             return [], Taken()
         weights = {matrix.name: matrix.weight for matrix in find_anatomy(dense).matrices}
         found = time_layers(pruned, weights, choice.kernels, points(self.batches, job.conditions["prompt"]), job.progress)
-        let_go()
         taken = Taken()
         for matrix in pruned:
             kernel = found.best.get(matrix.shape)
@@ -198,7 +197,6 @@ def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken
         for rows, phase, tokens, seconds in ((decoding, "decode", batch, steps), (prefill, "prefill", batch * prompt, reads)):
             sparse = seconds[1] if taken.products else 0.0
             rows.append(Row.timed(WHOLE, phase, batch, tokens, seconds[0], sparse, taken.label(len(pruned)), note))
-    let_go()
     return decoding + prefill
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prunebench.spec import BlockHandle
+from prunebench.toolkit.experts import experts_in
 from prunebench.toolkit.transfer import Lane, Ticket, lane_to
 
 MOST_SEQUENCES = 8
@@ -262,7 +263,9 @@ def footprint(model: nn.Module, blocks: Sequence[BlockHandle], samples: int, len
     largest = max(blocks, key=lambda block: _bytes(block.module.parameters()))
     shapes = [matrix.shape for matrix in largest.matrices]
     numbers = sum(parameter.numel() for parameter in largest.module.parameters())
-    grams = sum(width * width for width in {inputs for _, inputs in shapes})
+    alone = experts_in(largest.module)  # each expert reads tokens of its own
+    grams = sum(width * width for width in {m.shape[1] for m in largest.matrices if m.module not in alone})
+    grams += sum(matrix.shape[1] ** 2 for matrix in largest.matrices if matrix.module in alone)
     wide = 2 * sum(outputs for outputs, _ in shapes) + max((inputs for _, inputs in shapes), default=0)
     return Footprint(
         weights=weights,

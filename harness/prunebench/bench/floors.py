@@ -21,7 +21,7 @@ Everything is a lower bound. s is what nobody reads: of a pass for statistics th
 not read hidden states); on the way back the gradients of a block's own inputs, where nobody asks for them (at most `UNASKED` of
 all passes, also for blocks whose attention and MLP read the same). Attention, norms, sorts, copies between host and device and
 the start of a kernel are left out. What a cache could hold counts as not moved. A CPU's products of short types are divided by
-the rate of float32 where that is the higher one: an implementation may convert.
+the rate of float32 where that is the higher one: an implementation may convert. Blocks count as alike, in what they weigh.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
 
 def met(shape: ModelShape) -> int:
     """Prunable weights that a token meets in all blocks; of experts those that it goes to."""
-    return min(shape.active or shape.prunable, shape.prunable)
+    if not shape.active:
+        return shape.prunable
+    idle = max(shape.multiplied - shape.vocabulary * shape.hidden, shape.prunable) - shape.active
+    return max(0, shape.prunable - idle)
 
 
 def left_out(effort: Effort, shape: ModelShape, whole: bool) -> float:

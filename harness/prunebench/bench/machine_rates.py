@@ -84,7 +84,8 @@ def measured_rates(device: torch.device, name: str, driver: str | None, version:
         products = {kind: _best_product(DTYPES[kind], device) for kind in DTYPES_MEASURED}
         copied = _best_copy(device, device, COPIED_ON_HOST if on_host else COPIED_ON_DEVICE)
         uploaded = None if on_host else _best_copy(torch.device("cpu"), device, UPLOADED)
-    let_go()  # the runs need the memory, in other processes
+    if not on_host:
+        let_go()  # the runs need the memory, in other processes
     return MachineRates(
         device=name,
         driver=driver,

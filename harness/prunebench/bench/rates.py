@@ -73,7 +73,8 @@ def rates_of(shape: ModelShape, dtype: str, device: str, machine: str) -> Rates:
     if found is None:
         with threads(1 if on_host else 0), torch.no_grad():
             found = _measured(shape, dtype, torch.device(device))
-        let_go()  # the runs need the device's memory, in other processes
+        if not on_host:
+            let_go()  # the runs need the memory, in other processes
         save_json("rates", key, asdict(found))
     return found
 

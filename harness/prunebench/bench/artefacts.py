@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 
+import filelock
 import numpy as np
 import torch
 
@@ -31,8 +33,8 @@ DEFAULT_LIMIT = "20"
 
 Tensors = dict[str, torch.Tensor]
 
-_COST, _TENSOR = "cost", "tensor "
-"""Names inside a file: the cost as JSON, and what a tensor's own name begins with."""
+_COST, _TENSOR, _BFLOAT16 = "cost", "tensor ", "bfloat16 tensor "
+"""Names inside a file: the cost as JSON, and what a tensor's own name begins with, also where it is of bfloat16."""
 
 
 class Artefacts:
@@ -67,21 +69,64 @@ class Artefacts:
         with uncounted():
             kept = _load(key)
         if kept is not None:
-            tensors, cost = kept
-            self.reused.append(name)
-            self._earlier.include(cost)
-            return tensors
-        limit = _limit()  # a wrong setting is found before the work, not after it
-        with lap() as seconds:
-            tensors = make()
-        if self.job is None or self.job.batch_size == self._batch_size:
+            return self._taken(name, kept)
+        limit = limit_bytes()  # a wrong setting is found before the work, not after it
+        with self._alone(key, name):
             with uncounted():
-                _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
+                kept = _load(key)  # which another run may have made while this one waited
+            if kept is not None:
+                return self._taken(name, kept)
+            with lap() as seconds:
+                tensors = make()
+            if self.job is None or self.job.batch_size == self._batch_size:
+                with uncounted():
+                    _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
         return tensors
+
+    def _taken(self, name: str, kept: tuple[Tensors, Cost]) -> Tensors:
+        tensors, cost = kept
+        self.reused.append(name)
+        self._earlier.include(cost)
+        return tensors
+
+    @contextmanager
+    def _alone(self, key: str, name: str) -> Iterator[None]:
+        """Wait, in no phase, for another run that makes the same; two at once would make it twice, and each more slowly."""
+        progress = self.job.progress if self.job is not None else lambda *_: None
+        with ExitStack() as stack:
+            with uncounted():
+                stack.enter_context(making(key, lambda: progress(f"wait for another run's {name}", 0, 1)))
+            yield
 
     def settle(self, cost: Cost) -> None:
         """Add to a step's cost what making the reused ones had cost."""
         cost.include(self._earlier)
+
+
+@contextmanager
+def making(key: str, waits: Callable[[], None]) -> Iterator[None]:
+    """Be the only process that makes what is kept under a key; nobody waits for one that died.
+
+    Args:
+        key: under which it will be kept.
+        waits: called when another process is at it, before waiting.
+    """
+    path = cache_folder() / "making" / f"{key}.lock"
+    lock = filelock.FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            waits()
+            lock.acquire()
+    except (OSError, NotImplementedError):  # a cache that cannot be written: everybody makes their own
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _load(key: str) -> tuple[Tensors, Cost] | None:
@@ -90,20 +135,30 @@ def _load(key: str) -> tuple[Tensors, Cost] | None:
         cost = Cost(**json.loads((arrays or {}).pop(_COST).tobytes()))
     except (KeyError, TypeError, ValueError):  # nothing there, or not ours
         return None
-    return {name.removeprefix(_TENSOR): torch.from_numpy(array) for name, array in (arrays or {}).items()}, cost
+    tensors = {}
+    for name, array in (arrays or {}).items():
+        tensor = torch.from_numpy(array)
+        if name.startswith(_BFLOAT16):
+            tensors[name.removeprefix(_BFLOAT16)] = tensor.view(torch.bfloat16)
+        else:
+            tensors[name.removeprefix(_TENSOR)] = tensor
+    return tensors, cost
 
 
 def _save(key: str, tensors: Tensors, cost: Cost, limit: int) -> None:
-    try:
-        arrays = {_TENSOR + name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-    except TypeError:  # bfloat16, which NumPy does not know
-        return
+    arrays = {}
+    for name, tensor in tensors.items():
+        stored = tensor.detach().cpu()
+        if stored.dtype == torch.bfloat16:  # which NumPy does not know: its bits
+            arrays[_BFLOAT16 + name] = stored.contiguous().view(torch.int16).numpy()
+        else:
+            arrays[_TENSOR + name] = stored.numpy()
     arrays[_COST] = np.frombuffer(json.dumps(asdict(cost)).encode(), dtype=np.uint8)
-    if _make_room(sum(array.nbytes for array in arrays.values()), limit):
+    if make_room(sum(array.nbytes for array in arrays.values()), limit):
         save_arrays(KIND, key, arrays)
 
 
-def _make_room(size: int, limit: int) -> bool:
+def make_room(size: int, limit: int) -> bool:
     """Remove the oldest artefacts until one of `size` bytes fits into `limit`; False where it never would."""
     if size > limit:
         return False
@@ -123,7 +178,7 @@ def _make_room(size: int, limit: int) -> bool:
     return True
 
 
-def _limit() -> int:
+def limit_bytes() -> int:
     """The most bytes that all artefacts may take.
 
     Raises:

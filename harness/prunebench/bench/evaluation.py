@@ -6,20 +6,24 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
+from prunebench.bench.dense_states import DenseStates
+from prunebench.bench.lodging import Lodging, NoRoomError
 from prunebench.bench.plan import RunRequest
 from prunebench.bench.specs import eval_facts
-from prunebench.errors import NonFiniteError, RequestError, RunError
+from prunebench.errors import NonFiniteError, RunError
+from prunebench.handles import Placement
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
+from prunebench.results.consistency import MADE
 from prunebench.results.records import EvalSpec, SampleRecord, ScoreRecord
 from prunebench.spec import Eval, EvalJob, Progress, Score
-from prunebench.toolkit.loading import identify, load_model
-from prunebench.toolkit.memory import until_it_fits
+from prunebench.toolkit.loading import identify
+from prunebench.toolkit.memory import is_out_of_memory, until_it_fits
 from prunebench.toolkit.state import guarded
 from prunebench.toolkit.stream import evaluating
 
@@ -31,6 +35,7 @@ def evaluate(
     scores: dict[str, ScoreRecord],
     kept: Callable[[], None] = lambda: None,
     note: Callable[[str, str], None] = lambda key, value: None,  # noqa: ARG005
+    placement: Placement | None = None,
 ) -> None:
     """Run every evaluation of the spec on the pruned model.
 
@@ -40,38 +45,68 @@ def evaluate(
         progress: told how far it is.
         scores: gets each score by its name as soon as it is there; what is in it is not measured again.
         kept: called after each.
-        note: told, before the score is kept, when memory ran out and an evaluation was begun anew with half the batch.
+        note: told, before the score is kept, when memory ran out and an evaluation was begun anew with half the batch, or
+            with the blocks on the host.
+        placement: where the model's blocks rest, if it is not on the device as a whole.
 
     Raises:
         NonFiniteError: a value is not a number.
         RunError: an evaluation gives no score, or its items are not what it says they are.
     """
-    device = torch.device(request.device)
-    model.to(device)  # type: ignore[arg-type]
     registry = load_registry()
     facts = eval_facts(identify(request.model), Path(request.folder))
-    dense = DenseModel(request, device)
+    states = DenseStates(request, progress) if request.spec.steps else None
     names = score_names([spec.text for spec in request.spec.evals])
-    for name, text, spec in zip(names, request.eval_texts, request.spec.evals, strict=True):
-        if name in scores:
-            continue
-        evaluation = registry.eval(parse_step(text))
-        progress(f"eval {text}", 0, 1)
-        started = time.perf_counter()
-        job = EvalJob(
-            model=model,
-            facts=facts,
-            conditions=spec.conditions,
-            device=device,
-            batch_size=request.batch_size,
-            progress=progress,
-            dense=dense,
-        )
-        score, size = _measured(evaluation, job)
-        if size != job.batch_size:
-            note(f"{name}: batch size halved to {size}", "out of memory")
-        scores[name] = _score_record(name, score, spec, time.perf_counter() - started)
-        kept()
+    with Lodging(request, model, placement) as lodging:
+        for name, text, spec in zip(names, request.eval_texts, request.spec.evals, strict=True):
+            if name in scores:
+                continue
+            evaluation = registry.eval(parse_step(text))
+            progress(f"eval {text}", 0, 1)
+            started = time.perf_counter()
+            job = EvalJob(
+                model=model,
+                facts=facts,
+                conditions=spec.conditions,
+                device=lodging.device,
+                batch_size=request.batch_size,
+                progress=progress,
+                dense=lodging.dense,
+                artefact=states,
+            )
+            score = _lodged(evaluation, job, lodging, partial(_noted, name, note))
+            seconds = time.perf_counter() - started - (states.settle(partial(_noted, name, note)) if states else 0)
+            scores[name] = _score_record(name, score, spec, seconds)
+            kept()
+
+
+def _noted(name: str, note: Callable[[str, str], None], key: str, value: str) -> None:
+    note(f"{name}: {key}", value)
+
+
+def _lodged(evaluation: Eval, job: EvalJob, lodging: Lodging, note: Callable[[str, str], None]) -> Score:
+    """Evaluate with the models where they are, and again with their blocks on the host where there is no room for them.
+
+    What was paid for the pruning is not lost where even that runs out of memory: then the score has no value, and says why.
+    """
+    while True:
+        try:
+            score, size = _measured(evaluation, replace(job, placement=lodging.placement))
+        except NoRoomError:
+            pass
+        except (MemoryError, RuntimeError) as error:
+            if lodging.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+            if not lodging.can_leave:
+                unit, higher, _ = MADE.get(evaluation.name, (evaluation.name, False, None))
+                return Score(None, unit, higher, reason="out of memory, with the blocks on the host too")
+        else:
+            if size != job.batch_size:
+                note(f"batch size halved to {size}", "out of memory")
+            return score
+        # Here the error is gone, and with it the frames whose tensors it held.
+        lodging.leave_device()
+        note("blocks rest on the host", "out of memory")
 
 
 def _measured(evaluation: Eval, job: EvalJob) -> tuple[Score, int]:
@@ -87,27 +122,6 @@ def _measured(evaluation: Eval, job: EvalJob) -> tuple[Score, int]:
 
     score = until_it_fits(lambda: job.batch_size, attempt, lower)
     return score, job.batch_size
-
-
-class DenseModel:
-    """The model as it was before the first step, loaded when an evaluation first asks for it."""
-
-    def __init__(self, request: RunRequest, device: torch.device) -> None:
-        self._request, self._device = request, device
-        self._model: PreTrainedModel | None = None
-
-    def __call__(self) -> PreTrainedModel:
-        """The model in eval mode on the device.
-
-        Raises:
-            RequestError: the model was not pruned here, so that nobody knows what it was before.
-        """
-        if not self._request.spec.steps:
-            raise RequestError("what a model was before it was pruned is known in runs only: give the evaluation to a suite.")
-        if self._model is None:
-            model = load_model(self._request.model, self._request.spec.model.dtype)
-            self._model = model.to(self._device).eval()  # type: ignore[arg-type]
-        return self._model
 
 
 def score_names(texts: list[str]) -> list[str]:

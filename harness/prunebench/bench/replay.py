@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from prunebench.bench.at_hand import Model, OtherData, find_calibration, find_eval, folders
 from prunebench.bench.declared import OUTSIDE, declared, named
-from prunebench.bench.evaluation import DenseModel
+from prunebench.bench.lodging import Lodging
 from prunebench.bench.machine import available_cores, machine_slug
 from prunebench.bench.plan import Rescoring, RunRequest
 from prunebench.bench.replay_answers import Repeatable, differences, drawn
@@ -125,8 +124,7 @@ class Replay:
         if not asked:
             raise CannotReplay("the data of no evaluation are at hand, so no answer was given again.")
         pruned = self._pruned(entry, request)
-        pruned.to(request.device)  # type: ignore[arg-type]
-        dense = DenseModel(request, torch.device(request.device))
+        lodging = Lodging(request, pruned)
         for name, score, evaluation, conditions in asked:
             columns = entry.answers.get(name, {})
             count = len(next(iter(columns.values()), []))
@@ -136,10 +134,11 @@ class Replay:
                 model=pruned,
                 facts=eval_facts(model.identity, Path(request.folder)),
                 conditions=conditions,
-                device=torch.device(request.device),
+                device=lodging.device,
                 batch_size=request.batch_size,
                 progress=self._progress,
-                dense=dense,
+                dense=lodging.dense,
+                placement=lodging.placement,
             )
             with guarded([]), evaluating(pruned):
                 again = evaluation.again(job, chosen)

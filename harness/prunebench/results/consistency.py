@@ -91,7 +91,7 @@ def making(entry: Entry) -> Iterator[Finding]:
     """A built-in evaluation's value is made of its answers as it makes it, and no other way."""
     for name, score in entry.record.scores.items():
         made = MADE.get(str(score.conditions.get("eval")))
-        if made is None:
+        if made is None or (score.value is None and score.reason):
             continue
         for field, wanted in zip(("unit", "higher_is_better", "sample"), made, strict=True):
             if getattr(score, field) != wanted:

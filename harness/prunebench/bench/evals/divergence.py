@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from prunebench.bench.evals.blockwise import dense_predictor, predictor
 from prunebench.bench.evals.windows import WindowEval
 from prunebench.errors import NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob, JsonDict, Sample, Score
@@ -59,24 +60,23 @@ class Divergence(WindowEval):
         return {"kl": [*divergences], "agreement": [*agreements], "document": [documents[row] for row in chosen]}
 
     def _compared(self, job: EvalJob, chosen: Sequence[int] | None = None) -> tuple[list[float], list[float]]:
-        dense = job.dense()
         divergences: list[float] = []
         agreements: list[float] = []
         with torch.no_grad():
-            for ids in self.batches(job, models=2, chosen=chosen):
-                found = _compare(dense, job.model, ids)
+            windows = self.cut(job, models=2, chosen=chosen)
+            dense, pruned = dense_predictor(job, windows), predictor(job, windows)
+            for ids in windows.batches(job):
+                found = _compare(dense(ids), pruned(ids))
                 divergences += found[0].tolist()
                 agreements += found[1].tolist()
         return divergences, agreements
 
 
-def _compare(dense: torch.nn.Module, pruned: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare(logits_p: torch.Tensor, logits_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean divergence and share of equal first choices of each window's predictions, [windows] each.
 
-    Windows are taken one at a time behind the two forwards: what is as large as the logits is then made for one only.
+    Windows are taken one at a time: what is as large as the logits is then made for one only.
     """
-    logits_p = dense(input_ids=ids, use_cache=False).logits
-    logits_q = pruned(input_ids=ids, use_cache=False).logits
     divergences, agreements = [], []
     for window_p, window_q in zip(logits_p, logits_q, strict=True):
         log_p, log_q = (logits[:-1].float().log_softmax(dim=-1) for logits in (window_p, window_q))  # [window - 1, vocabulary]

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from prunebench.bench.evals.blockwise import Predictor, predictor
 from prunebench.bench.evals.windows import WindowEval
 from prunebench.errors import NonFiniteError
 from prunebench.spec import EvalJob, Sample, Score
@@ -52,14 +53,16 @@ class Perplexity(WindowEval):
     def _losses(self, job: EvalJob, chosen: Sequence[int] | None = None) -> list[float]:
         losses: list[float] = []
         with torch.no_grad():
-            for ids in self.batches(job, chosen=chosen):
-                losses += _window_losses(job.model, ids)
+            windows = self.cut(job, chosen=chosen)
+            predict = predictor(job, windows)
+            for ids in windows.batches(job):
+                losses += _window_losses(predict, ids)
         return losses
 
 
-def _window_losses(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
+def _window_losses(predict: Predictor, ids: torch.Tensor) -> list[float]:
     """Mean cross-entropy of each window's predictions, in float32 whatever the model's dtype."""
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    logits = predict(ids).float()
     # The last position predicts nothing here; it is left in, because to cut it off would copy the logits.
     wanted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NOTHING)
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=_NOTHING)

@@ -26,6 +26,22 @@ C4_ROWS, C4_WINDOWS = 1100, 256
 """The excerpt of C4's validation shard that the papers use: 1,100 texts, at most 256 windows."""
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text, and how many of them are taken at a time."""
+
+    ids: torch.Tensor
+    """[windows, window] on the host."""
+    batch: int
+
+    def batches(self, job: EvalJob) -> Iterator[torch.Tensor]:
+        """In order, [batch, window] on the device."""
+        for start in range(0, len(self.ids), self.batch):
+            job.progress("window", start, len(self.ids))
+            yield self.ids[start : start + self.batch].to(job.device)
+        job.progress("window", len(self.ids), len(self.ids))
+
+
 @dataclass
 class WindowEval(Eval):
     """An evaluation over the windows of a text."""
@@ -68,21 +84,16 @@ class WindowEval(Eval):
         window = self._window(facts, stream)
         return [str(facts.tokenizer.decode(stream.ids[: self._count(stream, window) * window].tolist()))]
 
-    def batches(self, job: EvalJob, models: int = 1, chosen: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
-        """The windows in order, or those with the chosen numbers, [batch, window] on the device, as many at a time as the
-        logits of `models` models allow."""
+    def cut(self, job: EvalJob, models: int = 1, chosen: Sequence[int] | None = None) -> Windows:
+        """All windows, or those with the chosen numbers, as many at a time as the logits of `models` models allow."""
         stream, _ = self._stream(job.facts)
         window, count = job.conditions["window"], job.conditions["windows"]
         ids = torch.from_numpy(stream.ids[: count * window].reshape(count, window))
         if chosen is not None:
-            ids, count = ids[list(chosen)], len(chosen)
+            ids = ids[list(chosen)]
         vocabulary = int(job.facts.config.get_text_config().vocab_size)
         most = MAX_LOGITS // (models * window * vocabulary)
-        batch = max(1, min(paying_batch(job.batch_size, window, job.device), most))
-        for start in range(0, count, batch):
-            job.progress("window", start, count)
-            yield ids[start : start + batch].to(job.device)
-        job.progress("window", count, count)
+        return Windows(ids, max(1, min(paying_batch(job.batch_size, window, job.device), most)))
 
     def documents(self, job: EvalJob) -> list[int]:
         """The document that each window's first token is in."""

@@ -43,11 +43,12 @@ def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, to
             job.progress("forward", index, len(blocks))
             job.placement.bring(handle.module)
             try:
+                stream.expect(index + 1)
                 inputs = stream.inputs(index)
                 kept.append(inputs.to(_resting_place(inputs.device, inputs.nbytes * (len(blocks) - index)), copy=True))
                 stream.propagate(index)
             finally:
-                job.placement.release(handle.module)
+                job.placement.drop(handle.module)
         gradients = _at_the_top(job, stream)
         found: dict[str, torch.Tensor] = {}
         for index in reversed(range(len(blocks))):
@@ -55,6 +56,7 @@ def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, to
             found |= _through_block(job, stream, index, kept.pop(), gradients, reduce)
         job.progress("backward", len(blocks), len(blocks))
     finally:
+        job.placement.expect(None)
         stream.close()
     return {matrix.name: found[matrix.name] for matrix in job.anatomy.matrices}
 
@@ -80,7 +82,7 @@ def _at_the_top(job: Job, stream: Stream) -> torch.Tensor:
     modules = [block.module for block in job.anatomy.blocks]
     with phase("statistics"), evaluating(job.model), replaced(modules, handing), torch.enable_grad():
         for sample in range(len(tokens)):
-            state = job.placement.fetch(gradients[sample : sample + 1]).to(dtype).requires_grad_()
+            state = job.placement.fetch(gradients[sample : sample + 1]).to(job.device, dtype).requires_grad_()
             ids = tokens[sample : sample + 1].to(job.device)
             logits = job.model(input_ids=ids, use_cache=False).logits[0, :-1].to(stream.work_dtype())
             (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, ids[0, 1:]) * scale, state)
@@ -98,7 +100,8 @@ def _through_block(
         try:
             replica = Block(handle, index, stream).replica(stream.work_dtype())
         finally:
-            placement.release(handle.module)
+            placement.drop(handle.module)
+        placement.expect(job.anatomy.blocks[index - 1].module if index else None)
         weights = [replica.parameter(matrix) for matrix in handle.matrices]
         totals = [torch.zeros_like(weight) for weight in weights]
         for sample in range(len(inputs)):

@@ -6,7 +6,9 @@ column j loses entries, the later columns of the same rows take up the error. Wi
 
 Speed. Everything is transposed, [inputs, outputs], so that a column of W is contiguous. Columns come in leaves of few: inside
 a leaf a column takes the errors of those before it by one matrix-vector product; leaves are joined by halves of a slab, slabs
-by the lazy update of all that follows, each one product of matrices. Only the order of sums depends on the leaves.
+by the lazy update of all that follows, each one product of matrices. Only the order of sums depends on the leaves. On GPUs a
+kernel sweeps a slab of float32 in one launch (`kernels/column_sweep.py`), once more with sums in another order; the host waits
+for nothing within a matrix. Products stay in float32 there: none is in TF32 unless torch is told so from outside.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import torch
 
 from prunebench.errors import NonFiniteError, RunError
 from prunebench.targets import NM, Target, Unstructured
-from prunebench.toolkit.masks import keep_in_groups, keep_mask
+from prunebench.toolkit import kernels
+from prunebench.toolkit.masks import keep_in_groups, keep_mask, keep_slab
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import at_least_float32
 
@@ -87,20 +90,27 @@ def choose_slabs(target: Target, removed: torch.Tensor | None) -> Choose:
     """Compare all the entries it is shown: exactly `int(size * s)` of them go, those in `removed` [outputs, inputs] first."""
 
     def choose(scores: torch.Tensor, columns: slice) -> torch.Tensor:
-        return keep_mask(_removed_first(scores, removed, columns), target, "matrix")
+        return keep_slab(_removed_first(scores, removed, columns), target)
 
     return choose
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """`choose_groups`, in a form that tells a kernel what is asked."""
+
+    target: NM
+    removed: torch.Tensor | None
+
+    def __call__(self, scores: torch.Tensor, columns: slice) -> torch.Tensor:
+        keep = keep_in_groups(_removed_first(scores, self.removed, columns).t().contiguous(), self.target).t()
+        return keep if self.removed is None else keep & ~self.removed[:, columns]
 
 
 def choose_groups(target: NM, removed: torch.Tensor | None) -> Choose:
     """Compare the M columns it is shown row by row, those in `removed` first; without the checks of `keep_mask`, which wait
     for the device. Entries in `removed` stay so even where a group has more of them than the target asks for."""
-
-    def choose(scores: torch.Tensor, columns: slice) -> torch.Tensor:
-        keep = keep_in_groups(_removed_first(scores, removed, columns).t().contiguous(), target).t()
-        return keep if removed is None else keep & ~removed[:, columns]
-
-    return choose
+    return _Groups(target, removed)
 
 
 class ThresholdRule:
@@ -169,6 +179,9 @@ def sweep(
         slab: columns whose errors the later slabs take up at once.
         every: asked for so many columns at a time, M for N:M targets; 0 for whole slabs. Divides `slab`.
         leaf: columns swept one at a time where `every` is 0.
+
+    Raises:
+        NonFiniteError: scores are NaN, told by `choose`; on GPUs weights that became NaN, found at the end.
     """
     with phase("update"):
         work = at_least_float32(weight).t().clone(memory_format=torch.contiguous_format)
@@ -182,6 +195,8 @@ def sweep(
             loss += errors.square().sum() / 2
             work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
         work += 0.0  # -0.0 becomes 0.0
+        if kernels.use(work.device, "matrices") and bool(torch.isnan(loss)):  # errors hold every NaN that was swept
+            raise NonFiniteError(f"{int(torch.isnan(work).sum())} of {work.numel()} weights became NaN in the sweep.")
         return Swept(work.t(), keep.t(), loss)
 
 
@@ -200,9 +215,26 @@ class _Slab:
         """Sweep, and return the errors `(w - q)/U_jj`."""
         if not every:
             self._select(0, len(self._work))
+        errors = self._by_kernel(every)
+        if errors is not None:
+            return errors
         self._halve(0, len(self._work), every or leaf, select=bool(every))
         self._work *= self._keep.view(torch.uint8)  # on a host twenty times as fast as `masked_fill_`; below, too
         return self._errors
+
+    def _by_kernel(self, every: int) -> torch.Tensor | None:
+        """The same by a kernel, all at once; None where there is none for it."""
+        work, choose, keeps, removed = self._work, self._choose, 0, None
+        if every and not (isinstance(choose, _Groups) and every == choose.target.of):
+            return None
+        if isinstance(choose, _Groups) and every:
+            columns = slice(self._start, self._start + len(work))
+            keeps, removed = choose.target.keep, None if choose.removed is None else choose.removed[:, columns]
+        return kernels.run(
+            work.device,
+            "column_sweep",
+            lambda k: k.sweep_slab(work, self._keep, self._upper, self._inverse, keeps, every, removed),
+        )
 
     def _select(self, first: int, last: int) -> None:
         scores = (self._work[first:last] * self._inverse[first:last]).square_()

@@ -3,7 +3,8 @@
 Ties go to the lower column first, and to the earlier row where whole matrices are compared, as a stable ascending sort would
 have it (`methods.md` 1.4); the same on every device. Besides the mask itself, the peak extra memory of the unstructured
 groups is bounded by `CHUNK_ENTRIES` entries (about 20 bytes each), whatever the size of the matrix; N:M needs 10 bytes
-an entry of a chunk.
+an entry of a chunk. On GPUs kernels do the same (`kernels/`) for float32 scores, bit for bit, and the device is waited for just
+once, to see that no score was NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 
 from prunebench.errors import NonFiniteError, RunError
 from prunebench.targets import NM, Target, Unstructured
+from prunebench.toolkit import kernels
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.scores import gradient_scores, wanda_scores
 
 Group = Literal["row", "matrix"]
 
@@ -52,19 +55,80 @@ def keep_mask(
     with phase("scoring"):
         together = [scores] if isinstance(scores, torch.Tensor) else list(scores)
         for matrix in together:
-            _check(matrix, target)
-        if isinstance(target, NM):
-            masks = [_keep_nm(matrix, target) for matrix in together]
+            _check_form(matrix, target)
+        found = _by_kernels(together, target, group)
+        if found is None or int(found[1]):
+            for matrix in together:
+                _check_order(matrix)
+        if found is not None:
+            masks = found[0]
+        elif isinstance(target, NM):
+            masks = [keep_nm(matrix, target) for matrix in together]
         elif not isinstance(target, Unstructured):
             masks = [torch.ones_like(matrix, dtype=torch.bool) for matrix in together]
         elif group == "row":
-            masks = [_keep_rows(matrix, target) for matrix in together]
+            masks = [keep_rows(matrix, target) for matrix in together]
         else:
-            masks = _keep_together(together, target)
+            masks = keep_together(together, target)
         return masks[0] if isinstance(scores, torch.Tensor) else masks
 
 
-def _check(scores: torch.Tensor, target: Target) -> None:
+def keep_by_norms(
+    weight: torch.Tensor, norms: torch.Tensor, target: Target, gradients: torch.Tensor | None = None, alpha: float = 0.0
+) -> torch.Tensor:
+    """`keep_mask` by rows of `wanda_scores`, or of `gradient_scores` where there are gradients; on GPUs scores are not written.
+
+    Args:
+        weight: [outputs, inputs], in any float dtype.
+        norms: of the input features, [inputs].
+        target: the pattern.
+        gradients: magnitudes reduced over samples, [outputs, inputs], anywhere.
+        alpha: how much the gradients count.
+
+    Raises:
+        NonFiniteError, RunError: as `keep_mask`.
+    """
+    with phase("scoring"):
+        there = None if gradients is None else gradients.to(weight.device)
+        found = _by_kernel(weight, target, norms, there, alpha)
+        if found is not None and not int(found[1]):
+            return found[0]
+        scores = wanda_scores(weight, norms) if there is None else gradient_scores(weight, norms, there, alpha)
+        return keep_mask(scores, target, "row")
+
+
+def keep_slab(scores: torch.Tensor, target: Target) -> torch.Tensor:
+    """`keep_mask(scores, target, "matrix")`, but where kernels are used nobody waits to see that no score is NaN."""
+    with phase("scoring"):
+        found = _by_kernels([scores], target, "matrix")
+        return keep_mask(scores, target, "matrix") if found is None else found[0][0]
+
+
+def _by_kernels(matrices: Sequence[torch.Tensor], target: Target, group: str) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """Masks, and on the device how many scores are NaN; None where kernels are not used, or not for such scores."""
+    if isinstance(target, Unstructured) and group != "row":
+        return kernels.run(matrices[0].device, "matrices", lambda k: k.keep(matrices, target)) if matrices else None
+    found = [made for matrix in matrices if (made := _by_kernel(matrix, target)) is not None]
+    if not found or len(found) < len(matrices):
+        return None
+    return [mask for mask, _ in found], torch.stack([nans for _, nans in found]).sum()
+
+
+def _by_kernel(
+    scores: torch.Tensor,
+    target: Target,
+    norms: torch.Tensor | None = None,
+    gradients: torch.Tensor | None = None,
+    alpha: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As `_by_kernels`, of one matrix by groups or rows; with norms the scores are weights, and made on the way."""
+    if not isinstance(target, NM | Unstructured):
+        return None
+    name = "groups" if isinstance(target, NM) else "rows"
+    return kernels.run(scores.device, name, lambda k: k.keep(scores, target, norms, gradients, alpha))
+
+
+def _check_form(scores: torch.Tensor, target: Target) -> None:
     if scores.dtype not in (torch.float32, torch.float64):
         raise RunError(
             f"scores must be float32, not {str(scores.dtype).removeprefix('torch.')}: ties of a short type distort counts."
@@ -73,6 +137,9 @@ def _check(scores: torch.Tensor, target: Target) -> None:
         raise RunError(f"scores must be [outputs, inputs], not {list(scores.shape)}.")
     if isinstance(target, NM) and scores.shape[1] % target.of:
         raise RunError(f"{scores.shape[1]} columns are not a multiple of {target.of}, so {target} has no meaning for them.")
+
+
+def _check_order(scores: torch.Tensor) -> None:
     if scores.numel() and bool(torch.isnan(scores.amin())):  # a NaN is the least of all; one pass, nothing written
         raise NonFiniteError(
             f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN; no mask can be made of them."
@@ -85,7 +152,7 @@ def _row_chunks(scores: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, scores.shape[0]))
 
 
-def _keep_rows(scores: torch.Tensor, target: Unstructured) -> torch.Tensor:
+def keep_rows(scores: torch.Tensor, target: Unstructured) -> torch.Tensor:
     """Per row, by the k-th smallest score; of those equal to it the first columns go."""
     removed = target.removed(scores.shape[1])
     keep = torch.ones_like(scores, dtype=torch.bool)
@@ -113,7 +180,7 @@ def _kth_smallest(scores: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.kthvalue(scores, rank, dim=1, keepdim=True).values
 
 
-def _keep_nm(scores: torch.Tensor, target: NM) -> torch.Tensor:
+def keep_nm(scores: torch.Tensor, target: NM) -> torch.Tensor:
     keep = torch.empty_like(scores, dtype=torch.bool)
     for rows in _row_chunks(scores):
         groups = scores[rows].reshape(-1, target.of).t().contiguous()
@@ -134,7 +201,7 @@ def keep_in_groups(groups: torch.Tensor, target: NM) -> torch.Tensor:
     return rank >= target.of - target.keep
 
 
-def _keep_together(matrices: Sequence[torch.Tensor], target: Unstructured) -> list[torch.Tensor]:
+def keep_together(matrices: Sequence[torch.Tensor], target: Unstructured) -> list[torch.Tensor]:
     """Over all entries of all matrices: the k-th smallest by its binary digits, so nothing is sorted or copied whole."""
     removed = target.removed(sum(matrix.numel() for matrix in matrices))
     if removed == 0:
@@ -195,14 +262,14 @@ def _ordered(scores: torch.Tensor) -> torch.Tensor:
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """A boolean tensor as bytes in C order, the first entry in the highest bit (numpy's `packbits`), on the host."""
-    flat = mask.flatten()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=mask.device)
-    return (padded * weights).sum(dim=1, dtype=torch.uint8).cpu()
+    flat = mask.flatten().view(torch.uint8)
+    padded = (torch.nn.functional.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat).view(-1, 8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)  # made there: nothing is sent
+    return (padded << shifts).sum(dim=1, dtype=torch.uint8).cpu()
 
 
 def unpack_bits(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The boolean tensor that `pack_bits` made bytes of."""
-    shifts = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0], dtype=torch.uint8, device=packed.device)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     bits = (packed[:, None] >> shifts) & 1
     return bits.flatten()[: shape[0] * shape[1]].view(shape).bool()

@@ -1,0 +1,89 @@
+"""What kernels share: scores made from weights on the chip, floats as integers in the same order, and the small inputs on
+which kernels are compared with the PyTorch versions."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from prunebench.toolkit.kernels import Mismatch, fits
+
+GIVEN, NORMS, GRADIENTS = 0, 1, 2
+"""Kinds of scores: as they are in memory; `|W| norm`; `|W| (norm + alpha G)`. Products and sums in float32, each rounded."""
+
+PRECISE = {"enable_fp_fusion": False}
+"""For launches: a product and a sum rounded once, as the compiler would have it, are not what PyTorch finds."""
+
+
+@triton.jit
+def load_scores(source, norms, gradients, alpha, offsets, gradient_offsets, columns, inside, KIND: tl.constexpr):
+    """A tile of scores in float32; zero outside. `columns` has the tile's shape, or one that broadcasts to it."""
+    found = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
+    if KIND != 0:
+        factor = tl.load(norms + columns, mask=inside, other=0.0)
+        if KIND == 2:
+            factor = factor + alpha * tl.load(gradients + gradient_offsets, mask=inside, other=0.0).to(tl.float32)
+        found = tl.abs(found) * factor
+    return found
+
+
+@triton.jit
+def ordered(scores):
+    """Integers in the order of float32 numbers: the bits, with the magnitude of negative ones turned round; -0.0 is 0.0."""
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -2147483648, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def taken(scores: torch.Tensor, norms: torch.Tensor | None, gradients: torch.Tensor | None) -> bool:
+    """Whether kernels take these: float32 scores, or with float32 norms and gradients on the same device weights of any of
+    three dtypes; as many entries as 32 bits tell apart."""
+    others = [tensor for tensor in (norms, gradients) if tensor is not None]
+    dtypes = (torch.float32,) if norms is None else (torch.float32, torch.bfloat16, torch.float16)
+    alike = all(other.device == scores.device and other.dtype == torch.float32 for other in others)
+    shaped = norms is None or (norms.shape == scores.shape[1:] and norms.is_contiguous())
+    shaped &= gradients is None or gradients.shape == scores.shape
+    return scores.ndim == 2 and scores.numel() > 0 and scores.dtype in dtypes and alike and shaped and fits(scores, *others)
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below it."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def warps(entries: int, each: int = 16) -> int:
+    """Warps for a tile of so many entries, about `each` of them a thread."""
+    return max(1, min(32, power_of_two(entries // (32 * each))))
+
+
+def samples(device: torch.device, columns: int) -> Iterator[torch.Tensor]:
+    """Scores [rows, columns] that tell kernels apart: many ties, infinities, zeros of both signs, transposed storage."""
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor([-torch.inf, torch.inf, -0.0, 0.0, 1.0, 1e-45, -1e-45, 3.4e38])
+    yield torch.rand(9, columns, generator=generator).to(device)
+    yield torch.randint(-2, 3, (5, columns), generator=generator).float().to(device)
+    yield special[torch.randint(0, 8, (columns, 7), generator=generator)].to(device).t()
+
+
+def weights(device: torch.device, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Weights [rows, columns] of several dtypes, norms and gradients for scores that are made on the chip."""
+    generator = torch.Generator().manual_seed(1)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weight = torch.randn(6, columns, generator=generator).to(dtype)
+        norms, gradients = torch.rand(columns, generator=generator), torch.rand(columns, 6, generator=generator).t()
+        yield weight.to(device), norms.to(device), gradients.to(device)
+
+
+def compare(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Raise a Mismatch where masks are not the same."""
+    if not torch.equal(found, wanted):
+        differing = int((found != wanted).sum())
+        raise Mismatch(f"{name}: {differing} of {wanted.numel()} entries are not those of the PyTorch version")
+
+
+def made(found: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """The mask of a mask and a count of NaN."""
+    if found is None:
+        raise Mismatch("no mask was made")
+    return found[0]

@@ -179,13 +179,14 @@ def test_the_store_leaves_the_file_alone(tmp_path: Path) -> None:
             "factors": ({"factors": 3, "phase": "update"}, 2 * (10**3 + 40**3)),
             "sweeps": ({"sweeps": 1, "phase": "update"}, 2 * (40 * 10**2 + 10 * 40**2)),
             "another dtype": ({"blocks": 1, "phase": "propagation", "dtype": "bfloat16"}, 2 * 1600 / 4),
+            "gradients, on a GPU in TF32": ({"blocks": 1, "phase": "training", "dtype": "float32"}, 2 * 1600 / 2),
             "a slow dtype": ({"blocks": 1, "phase": "propagation", "dtype": "float16"}, 2 * 1600),
             "a dtype that was not measured": ({"blocks": 1, "phase": "propagation", "dtype": "float64"}, 0.0),
         }
     ),
 )
 def test_products_take_what_the_formula_says(effort: dict[str, Any], seconds: float) -> None:
-    machine = rates(products={"float32": 1.0, "bfloat16": 4.0, "float16": 0.1})
+    machine = rates(products={"float32": 1.0, "tf32": 2.0, "bfloat16": 4.0, "float16": 0.1})
     assert product_seconds(Effort(**effort), SHAPE, "float32", machine, whole=False) == pytest.approx(seconds)
 
 

@@ -9,7 +9,8 @@ vocabulary, P all prunable weights and L blocks, an effort asks for operations
     factors x  sum of inputs³ / 3                          (of a Cholesky factorisation, the least of what is counted as one)
     sweeps  x  sum of outputs inputs²
 
-over the machine's best matrix rate in the dtype they are computed in (float32 for the last three), and that bytes move:
+over the machine's best matrix rate in the dtype they are computed in (float32 for the last three; TF32 on CUDA for passes that
+a pruner asks for in float32, as those for gradients may run in it: `toolkit/precision.py`), and that bytes move:
 
     blocks  the weights once, and the hidden states of a calibration set once, onwards to the next block twice
     grams   every Gram matrix once
@@ -29,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunebench.bench.costs import Work
+from prunebench.bench.machine_rates import TF32
 from prunebench.effort import LOOKS_TO_SCORE, LOOKS_TO_UPDATE, TO_INPUTS, TO_WEIGHTS, Effort
 from prunebench.results.machines import MachineRates
 from prunebench.toolkit.loading import DTYPES, ModelShape
@@ -82,7 +84,8 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
         rates: of the machine.
         whole: the step takes gradients through the whole model, so that every block but the first is asked for its input's.
     """
-    own, single = best_rate(rates, effort.dtype or dtype), best_rate(rates, "float32")
+    asked = TF32 if effort.dtype == "float32" and TF32 in rates.products else effort.dtype or dtype
+    own, single = best_rate(rates, asked), best_rate(rates, "float32")
     if own is None or single is None:
         return 0.0
     head = effort.head * (TO_INPUTS / TO_WEIGHTS if effort.phase == "training" else 1.0)

@@ -11,7 +11,6 @@ alone; floors are then lower than they could be, and still floors.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from prunebench.results.machines import MachineFile, MachineRates, read_machine,
 from prunebench.toolkit.cache import digest, load_json, save_json
 from prunebench.toolkit.loading import DTYPES
 from prunebench.toolkit.memory import is_out_of_memory, let_go
+from prunebench.toolkit.precision import single_precision
 
 SECONDS = 0.2
 """How long each rate is measured at each size, at least once and after one that wakes the device up."""
@@ -40,6 +40,7 @@ COPIED_ON_HOST, COPIED_ON_DEVICE, UPLOADED = 1 << 28, 1 << 30, 1 << 28
 DTYPES_MEASURED = ("float32", "bfloat16", "float16")
 
 TF32 = "tf32"
+"""What float32 products on CUDA are called where they may read ten bits of their fractions."""
 
 
 def machine_rates(folder: Path, name: str, device: str) -> MachineRates:
@@ -53,8 +54,9 @@ def machine_rates(folder: Path, name: str, device: str) -> MachineRates:
     Raises:
         WriteError: the file cannot be written.
     """
-    kind, known = torch.device(device).type, read_machine(folder, name)
-    made_by = (machine.device_name(device), machine.driver_version() if kind == "cuda" else None, torch.__version__)
+    kind = "cuda" if device.startswith("cuda") else torch.device(device).type  # which may name several
+    known = read_machine(folder, name)
+    made_by = (machine.device_name(kind), machine.driver_version() if kind == "cuda" else None, torch.__version__)
     found = known.rates.get(kind)
     if found is not None and found.made_by(*made_by):
         return found
@@ -82,6 +84,9 @@ def measured_rates(device: torch.device, name: str, driver: str | None, version:
     on_host = device.type == "cpu"
     with threads(1 if on_host else 0), torch.no_grad():
         products = {kind: _best_product(DTYPES[kind], device) for kind in DTYPES_MEASURED}
+        if not on_host:
+            with single_precision(device):
+                products[TF32] = _best_product(torch.float32, device)
         copied = _best_copy(device, device, COPIED_ON_HOST if on_host else COPIED_ON_DEVICE)
         uploaded = None if on_host else _best_copy(torch.device("cpu"), device, UPLOADED)
     if not on_host:
@@ -98,21 +103,20 @@ def measured_rates(device: torch.device, name: str, driver: str | None, version:
     )
 
 
-def _best_product(dtype: torch.dtype, device: torch.device, within: AbstractContextManager[object] | None = None) -> float:
-    """Operations a second of the best size that fits, float32 accumulation or whatever the library takes by default."""
+def _best_product(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second at the best size that fits."""
     best = 0.0
-    with within or nullcontext():
-        for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
-            try:
-                first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
-                taken = quickest(lambda a=first, b=second: a @ b, device, SECONDS)  # type: ignore[misc]
-            except (MemoryError, RuntimeError) as error:
-                if not best or not is_out_of_memory(error):
-                    raise
-                break
-            best = max(best, 2 * side**3 / taken)
-            if 8 * taken > LONGEST:
-                break
+    for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
+        try:
+            first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+            taken = quickest(lambda a=first, b=second: a @ b, device, SECONDS)  # type: ignore[misc]
+        except (MemoryError, RuntimeError) as error:
+            if not best or not is_out_of_memory(error):
+                raise
+            break
+        best = max(best, 2 * side**3 / taken)
+        if 8 * taken > LONGEST:
+            break
     return best
 
 

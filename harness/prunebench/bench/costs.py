@@ -26,10 +26,11 @@ from prunebench.bench.rates import Rates
 from prunebench.effort import Effort, EffortFacts
 from prunebench.results.planning import Asked
 from prunebench.results.records import EvalSpec, RunSpec
-from prunebench.spec import Pruner
+from prunebench.spec import Needs, Pruner
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
 from prunebench.toolkit.loading import DTYPES, ModelShape, ModelSource
 from prunebench.toolkit.placement import HOST_TOKENS, MOST_SEQUENCES
+from prunebench.toolkit.virtual import is_large
 
 ACTIVATIONS = 17
 """Values that a block keeps of each token and hidden column for its gradients."""
@@ -123,6 +124,15 @@ class Work:
     def weight_bytes(self) -> int:
         """In the run's dtype."""
         return self.shape.parameters * DTYPES[self.dtype].itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the weights what is there all the time, and one block: all of them, but of a virtual shape."""
+        trains = any(ask(pruner, "needs") & Needs.TRAINING for pruner in self.pruners)
+        if self.model.shape is None or trains or not is_large(self.weight_bytes):
+            return self.weight_bytes
+        in_blocks = max(self.shape.multiplied - self.shape.vocabulary * self.shape.hidden, self.shape.prunable)
+        return (self.shape.parameters - in_blocks + in_blocks // self.shape.layers) * DTYPES[self.dtype].itemsize
 
     def efforts(self) -> list[list[Effort]]:
         """Of each step.
@@ -221,4 +231,4 @@ def eval_bytes(work: Work, on_host: bool) -> int:
 
 def base_bytes(work: Work, on_host: bool) -> int:
     """The model, and on a host the libraries."""
-    return work.weight_bytes + (START_BYTES if on_host else 0)
+    return work.held_bytes + (START_BYTES if on_host else 0)

@@ -39,6 +39,8 @@ def print_preview(preview: Preview, console: Console) -> None:
         console.print("\nHow long it would take is not known here: the cost model measures the machine that runs it.")
     elif preview.todo:
         _print_costs(preview, console)
+    if not preview.figures:
+        return
     console.print("\nDifferences of two methods that would be found four times of five, before the correction for many pairs:")
     several = len({name for name, _, _ in preview.figures}) > 1
     for name, text, found in preview.figures:

@@ -95,11 +95,11 @@ def _lodged(evaluation: Eval, job: EvalJob, lodging: Lodging, note: Callable[[st
         except NoRoomError:
             pass
         except (MemoryError, RuntimeError) as error:
-            if lodging.device.type == "cpu" or not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not (lodging.can_leave or lodging.placement):
                 raise
             if not lodging.can_leave:
                 unit, higher, _ = MADE.get(evaluation.name, (evaluation.name, False, None))
-                return Score(None, unit, higher, reason="out of memory, with the blocks on the host too")
+                return Score(None, unit, higher, reason="out of memory, with one block at a time on the device too")
         else:
             if size != job.batch_size:
                 note(f"batch size halved to {size}", "out of memory")

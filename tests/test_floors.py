@@ -369,3 +369,34 @@ def test_the_command_measures_a_machine_and_writes_it_beside_the_records(
     status = command("status", "--results", tmp_path / "results")
     assert status.code == 0, status
     assert "skipped" not in ran.err + status.err
+
+
+# A training step
+
+
+@pytest.mark.parametrize(("steps", "known"), [(5, False), (6, True), (8, True)])
+def test_a_training_step_is_timed_once_warm(steps: int, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a step of the optimiser takes ten seconds, and the first one a thousand."""
+    now = [0.0]
+    stepped = torch.optim.AdamW.step
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        now[0] += 10 if now[0] else 1000
+        return stepped(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow)
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    model, notes = tiny_model(), dict[str, Any]()
+    pruner = load_registry().pruner(parse_step(f"perp[steps={steps},batch=2,subset=norms]"))
+    with PhaseClock(torch.device("cpu")).running():
+        pruner.prune(make_job(pruner, model, notes=notes))
+    expected = {"steps": steps, "after": 5, "seconds": pytest.approx(10)} if known else None
+    assert notes.get("seconds a training step") == expected
+
+
+def test_without_a_clock_no_training_step_is_timed() -> None:
+    notes = dict[str, Any]()
+    pruner = load_registry().pruner(parse_step("perp[steps=8,batch=2,subset=norms]"))
+    pruner.prune(make_job(pruner, tiny_model(), notes=notes))
+    assert "loss_curve" in notes
+    assert "seconds a training step" not in notes

@@ -11,12 +11,12 @@ from torch import nn
 
 from prunebench.effort import TO_INPUTS, TO_WEIGHTS, Effort, EffortFacts, training_effort, walking_effort
 from prunebench.spec import Job
+from prunebench.toolkit.casts import Cast
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.lowrank import LowRank
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.retrain import (
     LORA_KINDS,
-    Cast,
     Loss,
     OwnParameters,
     Part,
@@ -149,6 +149,8 @@ def report(job: Job, settings: Retraining, *trainings: Trained) -> None:
     """Note what trainings on the job's windows were: their share of the parameters, their tokens, their losses."""
     _note_size(job, trainings[0].parameters, settings.steps * settings.batch * len(trainings), job.training)
     job.note("loss_curve", [point for training in trainings for point in training.curve()])
+    if trainings[-1].pace is not None:
+        job.note("seconds a training step", trainings[-1].pace)
 
 
 def _note_size(job: Job, parameters: int, seen: int, windows: torch.Tensor) -> None:

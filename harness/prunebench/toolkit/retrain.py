@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from prunebench.errors import NonFiniteError, RunError
-from prunebench.spec import Changes, Job, JobFacts, Matrix, option
+from prunebench.spec import Changes, Job, JobFacts, JsonDict, Matrix, option
 from prunebench.toolkit.anatomy import is_norm
+from prunebench.toolkit.casts import Cast
 from prunebench.toolkit.lowrank import Kind, LowRank
 from prunebench.toolkit.memory import halving
+from prunebench.toolkit.pace import Pace
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import at_least_float32
 
@@ -156,26 +158,6 @@ class OwnParameters:
 
 
 @dataclass
-class Cast:
-    """What the cast to the model's dtype leaves of training."""
-
-    changed: int = 0
-    """Numbers that training changed."""
-    survived: int = 0
-    """Those of them that differ after the cast too."""
-
-    def count(self, trained: torch.Tensor, before: torch.Tensor) -> None:
-        """Add a trained tensor, in the dtype of training, and the one that it replaces."""
-        self.changed += int((trained != before.to(trained.dtype)).sum())
-        self.survived += int((trained.to(before.dtype) != before).sum())
-
-    @property
-    def share(self) -> float:
-        """Of the changes, those that survive; 1 where there is no cast, or no change."""
-        return self.survived / self.changed if self.changed else 1.0
-
-
-@dataclass
 class Scope:
     """What training runs on: a whole model, or the replica of one block."""
 
@@ -256,6 +238,8 @@ class Trained:
     parameters: int
     losses: tuple[float, ...]
     """Mean loss of each step's batch, before the step."""
+    pace: JsonDict | None = None
+    """Seconds a step, as `Pace.noted` has them."""
 
     def curve(self) -> list[float]:
         """The losses as at most `CURVE_POINTS` means of consecutive steps."""
@@ -286,7 +270,7 @@ def train(
     if not settings.steps:
         return Trained(count, ())
     optimiser = torch.optim.AdamW(parameters, lr=settings.highest_rate(), weight_decay=0.0)
-    losses = []
+    losses, pace = [], Pace(settings.steps)
     with phase("training"), ExitStack() as stack, torch.enable_grad():
         stack.enter_context(frozen(scope.root))
         for part in parts:
@@ -300,11 +284,12 @@ def train(
             optimiser.zero_grad()
             for part in parts:
                 part.refresh()
+            pace.step(step + 1)
     values = tuple(torch.stack(losses).tolist())
     for step, value in enumerate(values):
         if not math.isfinite(value):
             raise NonFiniteError(f"the training loss is {value} at step {step + 1} of {settings.steps}; a lower rate may help.")
-    return Trained(count, values)
+    return Trained(count, values, pace.noted())
 
 
 def _gradients(

@@ -77,7 +77,7 @@ def _load(key: str) -> torch.Tensor | None:
             array = np.load(path, mmap_mode="c", allow_pickle=False)  # writing into it would change no file
             if _checksum(array) == checksum:
                 return torch.from_numpy(np.asarray(array)).view(_DTYPES[dtype])
-        except (OSError, ValueError, KeyError):  # cut short or not ours
+        except (OSError, EOFError, ValueError, KeyError):  # cut short or not ours
             pass
         path.unlink(missing_ok=True)
     return None

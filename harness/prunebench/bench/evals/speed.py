@@ -65,7 +65,7 @@ class Speed(Eval):
     revision: ClassVar[int] = 1
     measures_cost: ClassVar[bool] = True
 
-    batches: tuple[int, ...] = option((1, 8, 64), "sequences at a time, joined by +; the value is that of the fewest")
+    batches: tuple[int, ...] = option((1, 8, 64), "sequences at a time; the value is that of the fewest")
     prompt: int = option(0, "tokens of each prompt; 0 is what the model's context has room for, at most 512")
     tokens: int = option(64, "tokens that are written behind each prompt")
 

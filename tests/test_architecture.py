@@ -62,7 +62,7 @@ class Layer:
 CONTRACT = frozenset({"spec", "scoring", "effort", "handles", "hooks", "targets", "errors", "plain"})
 LAYERS = {
     "contract": Layer(frozenset(), frozenset({"pluggy"}), frozenset({"torch", "transformers"})),
-    "toolkit": Layer(frozenset({"contract", "shipped"}), frozenset(TENSORS | FILES_AND_FOLDERS)),
+    "toolkit": Layer(frozenset({"contract", "shipped"}), frozenset(TENSORS | FILES_AND_FOLDERS | {"triton"})),
     "plugins": Layer(frozenset({"contract"}), frozenset({"pluggy", "pydantic"})),
     "results": Layer(frozenset({"contract"}), frozenset(TABLES | FILES_AND_FOLDERS | {"pydantic", "safetensors"})),
     "children": Layer(frozenset(), frozenset()),
@@ -83,6 +83,7 @@ LAYERS = {
     "package": Layer(frozenset(), frozenset()),
     "pruners": Layer(frozenset({"contract", "toolkit"}), frozenset({"torch", "transformers"})),
 }
+KERNELS = "prunebench.toolkit.kernels"
 LIGHT = {"contract", "package"}
 """Layers that the command line may import before it knows what is asked."""
 
@@ -174,6 +175,8 @@ def faults(module: str, found: list[Import]) -> Iterator[str]:
             yield f"{place}: {own} may not use {top}"
         elif item.module == "rich.markup":
             yield f"{place}: what comes from outside is escaped by prunebench.plain, which leaves no way around"
+        elif top == "triton" and (module == KERNELS or not module.startswith(f"{KERNELS}.")):
+            yield f"{place}: triton is for the modules of {KERNELS}, which are imported when a kernel is asked for"
         elif top == "lm_eval" and not module.startswith("prunebench.bench.evals."):
             yield f"{place}: lm_eval is for bench/evals only"
         elif own == "cli" and not item.lazy and top not in {"typer", "rich", "click"}:
@@ -191,6 +194,8 @@ def fault_inside(module: str, own: str, layer: Layer, item: Import) -> Iterator[
         yield "prunebench meets its pruners through entry points only"
     elif other != own and other not in layer.inside:
         yield f"{own} may not use {other}"
+    elif item.module.startswith(f"{KERNELS}.") and not module.startswith(f"{KERNELS}."):
+        yield f"kernels are imported by {KERNELS}, when they are asked for"
     elif own == "cli" and other not in {"cli", *LIGHT} and not item.lazy:
         yield "heavy modules are imported in the function that needs them"
 
@@ -251,6 +256,9 @@ def test_every_folder_of_sources_was_read() -> None:
         ("prunebench.toolkit.walk", "from prunebench.plugins import load_registry"),
         ("prunebench.toolkit.walk", "import lm_eval"),
         ("prunebench.toolkit.walk", "import pandas"),
+        ("prunebench.toolkit.masks", "def f():\n    import triton"),
+        ("prunebench.toolkit.kernels", "import triton"),
+        ("prunebench.toolkit.masks", "from prunebench.toolkit.kernels import rows"),
         ("prunebench.plugins", "import torch"),
         ("prunebench.options", "from prunebench.toolkit import walk"),
         ("prunebench.bench.runner", "import lm_eval"),
@@ -290,6 +298,7 @@ def test_a_forbidden_import_is_seen(module: str, source: str) -> None:
         ("prunebench.spec", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("prunebench.spec", "import pluggy\nfrom prunebench.targets import Target"),
         ("prunebench.toolkit.walk", "import torch\nfrom prunebench.spec import Job\nfrom . import masks"),
+        ("prunebench.toolkit.kernels.rows", "import triton.language as tl\nfrom prunebench.toolkit.kernels import scoring"),
         ("prunebench.plugins", "import pluggy\nfrom prunebench.options import build"),
         ("prunebench.options", "import pydantic"),
         ("prunebench.bench.evals.zero_shot", "def f():\n    import lm_eval"),

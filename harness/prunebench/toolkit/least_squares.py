@@ -230,10 +230,9 @@ class _Slab:
         if isinstance(choose, _Groups) and every:
             columns = slice(self._start, self._start + len(work))
             keeps, removed = choose.target.keep, None if choose.removed is None else choose.removed[:, columns]
+        factor = (self._upper, self._inverse)
         return kernels.run(
-            work.device,
-            "column_sweep",
-            lambda k: k.sweep_slab(work, self._keep, self._upper, self._inverse, keeps, every, removed),
+            work.device, "column_sweep", lambda k: k.sweep_slab(work, self._keep, *factor, keeps, every, removed)
         )
 
     def _select(self, first: int, last: int) -> None:

@@ -6,7 +6,10 @@ import abc
 
 import torch
 
+from prunebench.toolkit import kernels
 from prunebench.toolkit.scores import at_least_float32
+
+SHORT = (torch.bfloat16, torch.float16)
 
 
 class Statistic(abc.ABC):
@@ -46,9 +49,14 @@ class InputNorm(Statistic):
         self._squares = torch.zeros(width, device=device, dtype=torch.float64)
         self._sequences = 0
 
+    def takes(self, inputs: torch.Tensor) -> bool:
+        """Of 16 bits, too, where a kernel reads them."""
+        return super().takes(inputs) or (inputs.dtype in SHORT and kernels.use(inputs.device, "column_squares"))
+
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Add the squares of a batch."""
-        self._squares += inputs.square().sum(dim=0)
+        found = kernels.run(inputs.device, "column_squares", lambda k: k.column_squares(inputs))
+        self._squares += at_least_float32(inputs).square().sum(dim=0) if found is None else found
         self._sequences += sequences
 
     def value(self) -> torch.Tensor:
@@ -64,12 +72,21 @@ class Gram(Statistic):
         self._mean = torch.zeros(width, width, device=device, dtype=dtype)
         self._sequences = 0
 
+    def takes(self, inputs: torch.Tensor) -> bool:
+        """Of 16 bits, too, where products of them are summed in float32: each is exact there."""
+        return super().takes(inputs) or (inputs.dtype in SHORT and kernels.use(inputs.device, "gram"))
+
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Take a batch into the running mean, by panels of rows from the diagonal on: half of a symmetric matrix is enough."""
         old, self._sequences = self._sequences, self._sequences + sequences
+        before, share = old / self._sequences, 2 / self._sequences
         for start, end in self._panels():
-            panel = self._mean[start:end, start:]
-            panel.addmm_(inputs[:, start:end].t(), inputs[:, start:], beta=old / self._sequences, alpha=2 / self._sequences)
+            panel, left, right = self._mean[start:end, start:], inputs[:, start:end].t(), inputs[:, start:]
+            found = kernels.run(inputs.device, "gram", lambda k, a=left, b=right: k.product(a, b))
+            if found is None:
+                panel.addmm_(at_least_float32(left), at_least_float32(right), beta=before, alpha=share)
+            else:
+                panel.mul_(before).add_(found, alpha=share)
 
     def value(self) -> torch.Tensor:
         """The mean, [inputs, inputs]; not a copy."""

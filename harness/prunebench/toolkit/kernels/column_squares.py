@@ -29,7 +29,7 @@ def _column_squares(
 def column_squares(inputs: torch.Tensor) -> torch.Tensor | None:
     """`sum over tokens of x_j²`, [width] in float64, of inputs [tokens, width]; None where there are too many of them."""
     tokens, width = inputs.shape
-    if not inputs.numel() or not fits(inputs):
+    if not inputs.numel() or not fits(inputs) or inputs.dtype == torch.float64:
         return None
     chunks = triton.cdiv(tokens, _TOKENS * _STEPS)
     sums = torch.empty(chunks, width, dtype=torch.float32, device=inputs.device)

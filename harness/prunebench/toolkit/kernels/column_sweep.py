@@ -28,9 +28,7 @@ def _sweep(
     inside = (column < columns) & (output < outputs)
     where = column * outputs + output  # [columns, outputs]: a column of W is contiguous
     weight = tl.load(work + where, mask=inside, other=0.0)
-    inverse = tl.load(
-        inverses + column, mask=column < columns, other=0.0
-    )  # by PyTorch: a quotient here is not rounded as there
+    inverse = tl.load(inverses + column, mask=column < columns, other=0.0)  # a quotient would not be rounded as PyTorch's
     if OF == 0:  # noqa: SIM108 - types of both are seen in an expression
         stays = tl.load(keep + where, mask=inside, other=1).to(tl.int32)
     else:
@@ -88,8 +86,9 @@ def sweep_slab(
     None is returned, and nothing written, where a slab is too wide for the registers.
     """
     columns, outputs = work.shape
-    if not work.numel() or columns > WIDEST or (of and columns % of) or not fits(work, upper) or upper.stride(1) != 1:
+    if not scoring.taken(work, None, None) or columns > WIDEST or (of and columns % of) or not fits(upper):
         return None
+    upper = upper if upper.stride(1) == 1 else upper.contiguous()  # rows are read, and factors come by columns
     errors = torch.empty_like(work)
     height = scoring.power_of_two(columns)
     width = max(8, min(64, _TILE // height))

@@ -89,6 +89,8 @@ class InputSum(Statistic):
 class InputVariance(Statistic):
     """`1/N * sum over N sequences of the variance of x_j over the sequence's tokens`, [inputs], as in the authors' code."""
 
+    by_sequence = True  # an expert of a mixture reads sequences of many lengths
+
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(width, device, dtype)
         self._total = torch.zeros(width, device=device, dtype=torch.float64)

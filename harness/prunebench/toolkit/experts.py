@@ -77,6 +77,8 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(*(_view(p, index) for p in (up, down)), kind) for index in range(len(up)))
         self._kind = kind
         self._shown: frozenset[int] = frozenset()
+        self.chosen: torch.Tensor | None = None
+        """While an expert computes, the tokens that it was given; None where these are all."""
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the outputs of each token's experts, [tokens, hidden].
@@ -98,7 +100,11 @@ class Experts(nn.ModuleList):
             if index in self._shown:
                 found = expert(hidden_states)[chosen]
             elif len(rows):
-                found = expert(hidden_states[chosen])
+                self.chosen = chosen
+                try:
+                    found = expert(hidden_states[chosen])
+                finally:
+                    self.chosen = None
             else:
                 continue
             found = found * top_k_weights[chosen, ways, None]

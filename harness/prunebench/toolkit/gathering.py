@@ -19,7 +19,7 @@ from torch import nn
 
 from prunebench.handles import Matrix
 from prunebench.spec import Job
-from prunebench.toolkit.experts import experts_in
+from prunebench.toolkit.experts import Experts, experts_in
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.stats import SharedStatistics, Statistic
 
@@ -60,8 +60,8 @@ def gather(
         starved: is told which experts were.
     """
     with phase("statistics"):
-        shared, tokens = _pass(modules, kinds, batches(), forward)
         experts = experts_in(root)
+        shared, tokens = _pass(modules, kinds, batches(), forward, experts)
         hungry = {
             matrix: module
             for matrix, module in modules.items()
@@ -74,7 +74,7 @@ def gather(
                 for owner in {experts[module][0] for module in hungry.values()}:
                     chosen = {experts[m][1] for m in hungry.values() if experts[m][0] is owner}
                     stack.enter_context(owner.showing(chosen))
-                shared, _ = _pass(hungry, kinds, batches(), forward)
+                shared, _ = _pass(hungry, kinds, batches(), forward, experts)
             values |= {matrix: shared.values(matrix.name) for matrix in hungry}
     found: tuple[dict[Matrix, torch.Tensor], ...] = tuple(
         {matrix: values[matrix][i] for matrix in modules} for i in range(len(kinds))
@@ -87,12 +87,13 @@ def _pass(
     kinds: Sequence[type[Statistic]],
     batches: Iterable[torch.Tensor],
     forward: Callable[[torch.Tensor], torch.Tensor],
+    experts: Mapping[nn.Module, tuple[Experts, int]],
 ) -> tuple[SharedStatistics, int]:
     """The statistics of one pass, and how many tokens were in it."""
     shared, tokens = SharedStatistics(tuple(kinds), len(modules)), 0
-    with _hooked(modules, shared) as batch_size, torch.no_grad():
+    with _hooked(modules, shared, experts) as batch, torch.no_grad():
         for hidden in batches:
-            batch_size[0] = hidden.shape[0]
+            batch[:] = hidden.shape[:2]
             with suppress(_AllRead):
                 forward(hidden)
             shared.end_batch(hidden.shape[0])
@@ -105,13 +106,18 @@ class _AllRead(Exception):
 
 
 @contextmanager
-def _hooked(modules: Mapping[Matrix, nn.Module], shared: SharedStatistics) -> Iterator[list[int]]:
-    """Show what each matrix's module reads to the statistics while the block runs; yields a cell for the batch size."""
-    batch_size = [0]
+def _hooked(
+    modules: Mapping[Matrix, nn.Module], shared: SharedStatistics, experts: Mapping[nn.Module, tuple[Experts, int]]
+) -> Iterator[list[int]]:
+    """Show what each matrix's module reads to the statistics while the block runs; yields cells for the batch: its sequences, and
+    their length."""
+    batch = [0, 0]
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:
-        def see(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            shared.see(name, args[0] if args else next(iter(kwargs.values())), batch_size[0])
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            chosen = experts[module][0].chosen if module in experts else None
+            of = None if chosen is None else chosen // batch[1]
+            shared.see(name, args[0] if args else next(iter(kwargs.values())), batch[0], of)
             if shared.complete:
                 raise _AllRead
 
@@ -119,7 +125,7 @@ def _hooked(modules: Mapping[Matrix, nn.Module], shared: SharedStatistics) -> It
 
     handles = [module.register_forward_pre_hook(hook_for(m.name), with_kwargs=True) for m, module in modules.items()]
     try:
-        yield batch_size
+        yield batch
     finally:
         for handle in handles:
             handle.remove()

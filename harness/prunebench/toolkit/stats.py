@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import torch
 
@@ -15,6 +16,10 @@ SHORT = (torch.bfloat16, torch.float16)
 class Statistic(abc.ABC):
     """Something accumulated over the inputs of one matrix. Matrices that read the same input share one."""
 
+    by_sequence: ClassVar[bool] = False
+    """Whether `add` gets an expert's tokens one sequence at a time, without those of which it read nothing: they have different
+    lengths. Slow; for what is a number a sequence, as a variance is."""
+
     def __init__(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
         """For inputs of `width` features on `device`; `dtype` is float32, or float64 in exact tests."""
         self.width, self.device, self.dtype = width, device, dtype
@@ -23,13 +28,14 @@ class Statistic(abc.ABC):
     def add(self, inputs: torch.Tensor, sequences: int) -> None:
         """Take in one batch: [all its tokens, width], sequence by sequence, and how many these are.
 
-        An expert of a mixture reads some of the tokens, in the order in which it is given them.
+        An expert of a mixture reads some tokens of each sequence, in the order in which it is given them; see `by_sequence`.
         The inputs come in the statistic's dtype, but where it says that it takes them as they are.
         """
 
     def pass_by(self, sequences: int) -> None:
         """Take in so many sequences of which the matrix, one of an expert's, read no token."""
-        self.add(torch.zeros(0, self.width, device=self.device, dtype=self.dtype), sequences)
+        if not self.by_sequence:
+            self.add(torch.zeros(0, self.width, device=self.device, dtype=self.dtype), sequences)
 
     @abc.abstractmethod
     def value(self) -> torch.Tensor:
@@ -57,6 +63,10 @@ class InputNorm(Statistic):
         """Add the squares of a batch."""
         found = kernels.run(inputs.device, "column_squares", lambda k: k.column_squares(inputs))
         self._squares += at_least_float32(inputs).square().sum(dim=0) if found is None else found
+        self._sequences += sequences
+
+    def pass_by(self, sequences: int) -> None:
+        """They count, so that norms of experts can be compared."""
         self._sequences += sequences
 
     def value(self) -> torch.Tensor:
@@ -87,6 +97,11 @@ class Gram(Statistic):
                 panel.addmm_(at_least_float32(left), at_least_float32(right), beta=before, alpha=share)
             else:
                 panel.mul_(before).add_(found, alpha=share)
+
+    def pass_by(self, sequences: int) -> None:
+        """They count, with nothing in them."""
+        old, self._sequences = self._sequences, self._sequences + sequences
+        self._mean *= old / self._sequences
 
     def value(self) -> torch.Tensor:
         """The mean, [inputs, inputs]; not a copy."""
@@ -120,8 +135,8 @@ class SharedStatistics:
         self._last: tuple[torch.Tensor, list[Statistic]] | None = None
         self._values: dict[int, list[torch.Tensor]] = {}
 
-    def see(self, name: str, inputs: torch.Tensor, sequences: int) -> None:
-        """Take in what matrix `name` reads in this batch."""
+    def see(self, name: str, inputs: torch.Tensor, sequences: int, of: torch.Tensor | None = None) -> None:
+        """Take in what matrix `name` reads in this batch; `of` says of which sequence each token is, where it is not all."""
         self._calls += 1
         same = self._last is not None and self._last[0] is inputs
         if name not in self._of:
@@ -135,11 +150,14 @@ class SharedStatistics:
         if self._leader[name]:
             flat, wide = inputs.detach().reshape(-1, inputs.shape[-1]), None
             for statistic in self._of[name]:
-                if statistic.takes(flat):
-                    statistic.add(flat, sequences)
-                else:  # one copy for all that need it
-                    wide = at_least_float32(flat) if wide is None else wide
-                    statistic.add(wide, sequences)
+                taken = flat
+                if not statistic.takes(flat):  # one copy for all that need it
+                    taken = wide = at_least_float32(flat) if wide is None else wide
+                if of is None or not statistic.by_sequence:
+                    statistic.add(taken, sequences)
+                else:
+                    for sequence in of.unique().tolist():
+                        statistic.add(taken[of == sequence], 1)
         self._last = (inputs, self._of[name])
 
     @property

@@ -70,7 +70,7 @@ suite() {
 # Run methods of a suite: sweep RESULTS SUITE METHOD...
 sweep() {
   local results=$1 suite ended=0 asked=()
-  suite=$(suite "$2") || return 1
+  suite=$([ -f "$2" ] && echo "$2" || suite "$2") || return 1
   shift 2
   for method in "$@"; do asked+=(--method "$method"); done
   prunebench run "$suite" "${asked[@]}" --results "$results" --device "$DEVICE" || ended=$?
@@ -118,7 +118,13 @@ stage_kernels() {
 stage_7b-oneshot() { sweep "$RESULTS" speed-7b random magnitude wanda sparsegpt; }
 stage_7b-gradients() { sweep "$RESULTS" speed-7b wanda++ gblm; }
 stage_7b-perp() { sweep "$RESULTS" speed-7b "$(perp)"; }
-stage_7b-streaming() { PRUNEBENCH_DEVICE_GIB=8 sweep "$STATE/results-8gib" speed-7b wanda sparsegpt wanda++; }
+
+# Blocks and activations from pinned host memory. Runs are the same as without the limit, so their records have a folder of theirs.
+stage_7b-streaming() {
+  session limited "$(suite speed-7b)" "$STATE/speed-7b-8gib.toml" 8 &&
+    sweep "$STATE/results-8gib" "$STATE/speed-7b-8gib.toml" wanda sparsegpt wanda++
+}
+
 stage_served() { sweep "$RESULTS" speed-served dense magnitude; }
 stage_30b() { sweep "$RESULTS" speed-30b wanda sparsegpt "$(perp)" wanda++; }
 stage_70b() { sweep "$RESULTS" speed-70b wanda sparsegpt; }

@@ -48,6 +48,12 @@ def versions() -> None:
         print(f"missing: {', '.join(missing)}; only what draws figures or asks lm-eval's tasks goes without some of them")
 
 
+def limited(suite: Path, out: Path, gib: str) -> None:
+    """Write a suite again, with a limit on the device's memory."""
+    text = suite.read_text(encoding="utf-8")
+    out.write_text(f"{text}\n[limits]\ndevice_memory = {float(gib)}\n", encoding="utf-8")
+
+
 def small(suite: Path, out: Path, shape: str, dtype: str) -> None:
     """Write a suite of shapes again, at another shape and on a few short sequences."""
     text = suite.read_text(encoding="utf-8")
@@ -158,11 +164,12 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("register").add_argument("site", type=Path)
     commands.add_parser("versions")
-    making = commands.add_parser("small")
-    for name in ("suite", "out"):
-        making.add_argument(name, type=Path)
-    for name in ("shape", "dtype"):
-        making.add_argument(name)
+    for command, names in (("small", ("shape", "dtype")), ("limited", ("gib",))):
+        making = commands.add_parser(command)
+        for name in ("suite", "out"):
+            making.add_argument(name, type=Path)
+        for name in names:
+            making.add_argument(name)
     commands.add_parser("summary").add_argument("folders", type=Path, nargs="+")
     for name in ("failed", "slowest"):
         commands.add_parser(name).add_argument("results", type=Path)

@@ -19,6 +19,7 @@ from prunebench.results.board import Board
 from prunebench.results.contest import Contest
 from prunebench.results.explain import Explanation
 from prunebench.results.records import RunRecord
+from prunebench.show_costs import print_costs, seconds_text
 
 WIDE = 132
 """Columns that a board needs to be shown whole."""
@@ -46,7 +47,7 @@ def print_listing(listing: Mapping[str, Any], console: Console) -> None:
 
 def print_board(board: Board, console: Console) -> None:
     """Every table of a board."""
-    if not board.sections:
+    if not board.titles:
         console.print("There are no results yet.")
     for section in board.sections:
         console.print(f"\n[bold]{escape(section.title)}[/]")
@@ -73,6 +74,7 @@ def print_board(board: Board, console: Console) -> None:
             limits = leaderboard.table_limits(section, table)
             if limits:
                 console.print(f"  {escape(limits)}", style="dim", highlight=False)
+    print_costs(board.costs, console)
     for title, records in (("refused", board.refused), ("failed", board.failed), ("outdated", board.outdated)):
         for record in records:
             console.print(
@@ -165,7 +167,7 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     for step in record.steps:
         options = ", ".join(f"{name}={value}" for name, value in step.options.items()) or "no options"
         fact("step", f"{step.pruner} revision {step.revision} ({step.distribution} {step.version}): {options}")
-        fact("  seconds", ", ".join(f"{name} {seconds:.3f}" for name, seconds in step.phases.items()))
+        fact("  seconds", seconds_text(step))
         fact(
             "  peak memory", _memory(step.peak_host_bytes, "of the process") + _memory(step.peak_device_bytes, "on the device")
         )
@@ -179,7 +181,7 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
     for name, told in _kept(record):
         fact(name, told)
     for name, score in record.scores.items():
-        shown = "no mean" if score.value is None else f"{score.value:.6g}"
+        shown = score.reason or "no mean" if score.value is None else f"{score.value:.6g}"
         fact(name, f"{shown} ({score.seconds:.1f} s)")
         for part, value in score.parts.items():
             fact(f"  {part}", f"{value:.4g}")

@@ -96,7 +96,7 @@ def eval_command(
         typer.echo(json.dumps({"scores": plain}, indent=1))
         return
     for name, score in scores.items():
-        shown = "no mean" if score.value is None else f"{score.value:.6g}"
+        shown = score.reason or "no mean" if score.value is None else f"{score.value:.6g}"
         terminal.print(f"{escape(name)}: {shown}  ({score.seconds:.1f} s)")
         for part, value in score.parts.items():
             terminal.print(f"  {escape(part)}: {value:.4g}")

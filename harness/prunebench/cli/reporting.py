@@ -52,6 +52,8 @@ def report(
     if made.placed:
         terminal.print(f"\n{counts(made.placed)}")
     files = {made.markdown: out, made.picture: picture, made.csv: csv, made.latex: latex, made.json: as_json, made.html: html}
+    if made.board.costs:
+        files[made.costs] = csv and csv.with_suffix(f".costs{csv.suffix}")
     for text, path in files.items():
         if path is not None:
             write_text(path, text())
@@ -77,7 +79,7 @@ class _Made:
     def figures(self) -> Figures:
         from prunebench.report.figures import figures_of
 
-        present = self.board.present(self.records)
+        present = [record for record in self.board.present(self.records) if not record.spec.model.is_shape]
         return figures_of(self.board, present, self.placed, self.store.masks, self.store.items)
 
     def markdown(self) -> str:
@@ -94,6 +96,11 @@ class _Made:
         from prunebench.results.sheet import to_csv
 
         return to_csv(self.board)
+
+    def costs(self) -> str:
+        from prunebench.results.costs_export import costs_to_csv
+
+        return costs_to_csv(self.board.costs)
 
     def latex(self) -> str:
         from prunebench.results.latex import to_latex
@@ -127,14 +134,16 @@ def _made(results: Path, only: str | None) -> _Made:
     from prunebench.results.beside import about, beside
     from prunebench.results.board import build_board
     from prunebench.results.published import load_published
+    from prunebench.results.published_costs import load_costs
     from prunebench.results.verdicts import Verdicts
 
     store, verdicts, papers = open_store(results), Verdicts.of(results), results / "published"
     latest = store.latest()
-    whole = build_board(latest, load_registry().revisions(), store.items, verdicts.grade)
+    published = load_costs(papers)
+    whole = build_board(latest, load_registry().revisions(), store.items, verdicts.grade, published)
     board = whole.only(only or "")
-    if whole.sections and not board.sections:
-        raise RequestError(f"no section's title contains {only!r}; titles are, for example, {whole.sections[0].title!r}.")
+    if whole.titles and not board.titles:
+        raise RequestError(f"no section's title contains {only!r}; titles are, for example, {whole.titles[0]!r}.")
     records = [stored.record for stored in latest]
     placed = beside(load_published(papers), board.present(records)) if papers.is_dir() else []
     if only:

@@ -23,6 +23,7 @@ from plotly.offline import get_plotlyjs
 
 from prunebench.plain import plain
 from prunebench.report.charts import Keys, curves_chart, heat_chart, overlap_chart, phases_chart, tradeoff_chart
+from prunebench.report.costs import cost_entries
 from prunebench.report.figures import Figures, SectionFigures
 from prunebench.report.matrices import OVERLAP
 from prunebench.report.palette import COLOURS, PHASES, Palette
@@ -95,7 +96,7 @@ class _Page:
 
     def html(self) -> str:
         """The whole file."""
-        sections = self._sections()
+        sections = self._sections() + cost_entries(self._board.costs, self._panels, self._palette)
         heats = self._heats()
         overlaps = self._overlaps()
         runs = self._runs()

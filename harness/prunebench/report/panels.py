@@ -138,7 +138,7 @@ def _result(record: RunRecord, grade: str | None) -> Facts:
         if record.failure.step:
             facts.append(("in step", _text(record.failure.step)))
     for name, score in record.scores.items():
-        shown = "no mean" if score.value is None else value_text(score.value, score.is_share)
+        shown = score.reason or "no mean" if score.value is None else value_text(score.value, score.is_share)
         facts.append((name, _text(f"{shown} {score.unit}{' %' if score.is_share else ''}")))
     if record.status == "ok":
         shared = " (the machine was shared)" if record.provenance.shared_machine else ""
@@ -169,6 +169,8 @@ def _step(step: StepRecord) -> Facts:
         ("revision", _text(f"{step.revision} ({step.distribution} {step.version})")),
         ("seconds", {"bars": [(plain(name), round(seconds, 3)) for name, seconds in step.phases.items()]}),
     ]
+    if step.floors:
+        facts.append(("seconds no implementation avoids", {"bars": [(plain(n), round(s, 3)) for n, s in step.floors.items()]}))
     if step.peak_host_bytes is not None:
         facts.append(
             ("peak of the process", size_text(step.peak_host_bytes) + (" (sampled)" if step.host_peak_sampled else ""))
@@ -205,7 +207,8 @@ def _scores(record: RunRecord) -> list[tuple[str, Facts]]:
 
 
 def _score(score: ScoreRecord) -> Facts:
-    shown = "no mean" if score.value is None else f"{value_text(score.value, score.is_share)}{' %' if score.is_share else ''}"
+    value = f"{value_text(score.value, score.is_share)}{' %' if score.is_share else ''}"
+    shown = _text(score.reason or "no mean") if score.value is None else value
     kept = score.items_file or f"{max(map(len, score.items.values()), default=0):,} in the record"
     return [
         (score.unit, shown),

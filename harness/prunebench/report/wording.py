@@ -125,4 +125,6 @@ def runs_on(board: Board) -> set[tuple[str, str]]:
     found = {(r.machine, r.id) for r in (*board.failed, *board.refused, *board.outdated)}
     for section in board.sections:
         found |= {(section.machine, run_id) for table in section.tables for row in table.rows for run_id in row.ids}
+    for costs in board.costs:
+        found |= {(costs.machine, run_id) for row in costs.rows for run_id in row.ids}
     return found

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunebench.results.comparison import LoadItems, Measured
+from prunebench.results.costs_board import CostSection, cost_sections
+from prunebench.results.published_costs import PublishedCost
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
 from prunebench.results.store import Stored
@@ -126,10 +128,18 @@ class Board:
     failed: tuple[RunRecord, ...]
     refused: tuple[RunRecord, ...]
     outdated: tuple[RunRecord, ...]
+    costs: tuple[CostSection, ...] = ()
+    """Runs of which only costs are known."""
+
+    @property
+    def titles(self) -> list[str]:
+        """Of all sections."""
+        return [section.title for section in (*self.sections, *self.costs)]
 
     def only(self, text: str) -> Board:
         """The board with those sections whose title contains `text`."""
-        return replace(self, sections=tuple(s for s in self.sections if text in s.title))
+        costs = tuple(section for section in self.costs if text in section.title)
+        return replace(self, sections=tuple(s for s in self.sections if text in s.title), costs=costs)
 
     def present(self, records: Iterable[RunRecord]) -> list[RunRecord]:
         """Those of present revisions."""
@@ -142,6 +152,7 @@ def build_board(
     revisions: Mapping[str, int] | None = None,
     load: LoadItems = lambda _, score: score.items,
     grade: Callable[[RunRecord], Grade] = lambda _: "reported",
+    published: Sequence[PublishedCost] = (),
 ) -> Board:
     """Group the latest records.
 
@@ -151,6 +162,7 @@ def build_board(
             outdated and stand in no table.
         load: gives raw answers, `ResultStore.items`; without it those that are in the records.
         grade: says how far a record may be trusted, `Verdicts.grade`; without it nobody looked at any again.
+        published: what prunings cost elsewhere, to stand beside ours.
     """
     records = [item.record for item in sorted(stored, key=lambda item: item.path)]
     outdated = [r for r in records if is_outdated(r, revisions or {})]
@@ -170,6 +182,7 @@ def build_board(
         failed=tuple(sorted((r for r in present if r.status == "failed"), key=by_label)),
         refused=tuple(sorted((r for r in present if r.status == "refused"), key=by_label)),
         outdated=tuple(sorted(outdated, key=by_label)),
+        costs=cost_sections(present, published),
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from prunebench.results.beside import Beside
 from prunebench.results.board import Board, Section, Table
+from prunebench.results.costs_export import ExportedCosts, exported_costs
 from prunebench.results.leaderboard import reason, table_limits
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import Row
@@ -139,6 +140,7 @@ class ExportedBoard(_Frozen):
     failed: list[ExportedRun] = Field(description="with what went wrong")
     outdated: list[ExportedRun] = Field(description="measured with another revision of the method or of an evaluation")
     published: list[ExportedNumber] = Field(description="what papers print")
+    costs: list[ExportedCosts] = Field(default_factory=list, description="runs of which only costs are known")
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
@@ -151,6 +153,7 @@ def exported(board: Board, published: Sequence[Beside] = ()) -> ExportedBoard:
         failed=[_run(record) for record in board.failed],
         outdated=[_run(record) for record in board.outdated],
         published=[_number(one) for one in published],
+        costs=exported_costs(board.costs),
     )
 
 

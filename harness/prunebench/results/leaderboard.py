@@ -10,13 +10,18 @@ from typing import Any
 import pandas as pd
 
 from prunebench.plain import markdown
+from prunebench.results import costs_text
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.page_text import INTRODUCTION, PUBLISHED, READING
 from prunebench.results.planning import Asked
 from prunebench.results.records import RunRecord, fingerprint
 from prunebench.results.rows import DENSE, Row
+from prunebench.results.rows import target_title as target_title
 from prunebench.results.statistics import Difference
+
+NO_KERNEL = "no kernel"
+"""Stands in place of a value whose reason begins so; below the table is the whole reason."""
 
 _GUESS, _BELOW = " ≈", " ↓"
 """Stand behind an accuracy whose interval covers guessing, and one whose interval lies below it."""
@@ -25,7 +30,7 @@ _GUESS, _BELOW = " ≈", " ↓"
 def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
     """The page, as `leaderboard.md`, with published numbers beside ours where both are of the same thing."""
     parts = [INTRODUCTION]
-    if not board.sections:
+    if not board.titles:
         parts.append("There are no results yet: `make leaderboard` runs the quickstart.")
     anchors = _anchors(board.sections)
     if len(board.sections) > 1:
@@ -33,6 +38,8 @@ def to_markdown(board: Board, published: Sequence[Beside] = ()) -> str:
     parts.append(READING)
     for section, anchor in zip(board.sections, anchors, strict=True):
         parts.append(f'<a id="{anchor}"></a>\n\n{_section_markdown(section)}')
+    if board.costs:
+        parts.append(costs_text.to_markdown(board.costs))
     if published:
         parts.append(_published_markdown(published))
     for title, records in (("Refused", board.refused), ("Failed", board.failed), ("Outdated", board.outdated)):
@@ -89,6 +96,8 @@ def cells(section: Section, table: Table, row: Row) -> list[str]:
 
 
 def _value(section: Section, row: Row) -> str:
+    if row.reason and math.isnan(row.mean):
+        return NO_KERNEL if row.reason.startswith(NO_KERNEL) else "none"
     spread = ""
     if row.spread is not None and not math.isnan(row.spread):
         spread = f" ± {value_text(row.spread, True) if section.is_share else number(row.spread, like=row.mean)}"
@@ -240,7 +249,7 @@ def _contents(board: Board, anchors: Sequence[str], published: bool) -> str:
                     lines.append(f"  - [{markdown(told)}](#{anchor}): {_targets(section)}")
         parts.append("\n".join(lines))
     runs = [("Refused runs", board.refused), ("Failed runs", board.failed), ("Outdated runs", board.outdated)]
-    rest = [("Published numbers", published), *runs]
+    rest = [(costs_text.TITLE, board.costs), ("Published numbers", published), *runs]
     links = [f"[{title}](#{title.lower().replace(' ', '-')})" for title, there in rest if there]
     return "\n\n".join([*parts, *([f"Then: {', '.join(links)}."] if links else [])])
 
@@ -289,7 +298,14 @@ def _section_markdown(section: Section) -> str:
 
 
 def table_limits(section: Section, table: Table) -> str | None:
-    """What a table can and cannot show."""
+    """What a table can and cannot show, and why a row has no value."""
+    missing = [
+        f"No value of {row.method}: {row.reason.rstrip('.')}." for row in table.rows if row.reason and math.isnan(row.mean)
+    ]
+    return " ".join(filter(None, [_power(section, table), *missing])) or None
+
+
+def _power(section: Section, table: Table) -> str | None:
     if table.detectable is None:
         unranked = sum(not math.isnan(row.mean) for row in table.rows if not row.unpruned)
         return "No ranks: the rows' answers cannot be compared one by one." if unranked > 1 else None
@@ -297,11 +313,6 @@ def table_limits(section: Section, table: Table) -> str | None:
         return "So few items tell no two rows apart."
     least = difference_size(table.detectable, section.is_ratio, section.is_share)
     return f"A true difference of two rows below about {least} had less than an 80% chance to show."
-
-
-def target_title(target: str) -> str:
-    """A target as a heading."""
-    return target if ":" in target or target == DENSE else f"{float(target) * 100:g}% unstructured"
 
 
 def table_title(table: Table) -> str:

@@ -55,6 +55,8 @@ class Row:
     """The dense model, or one that was trained and not pruned: it stands on top of every table of its training."""
     below_chance: frozenset[str] = frozenset()
     """Tasks in which it is significantly worse than guessing; the empty name is their mean."""
+    reason: str | None = None
+    """Why there is no value; None where there is one, or nobody says."""
 
     @property
     def mean(self) -> float:
@@ -171,6 +173,7 @@ class RowBuilder:
             guesses=frozenset(name for name in answers.guesses if name or whole) if answers else frozenset(),
             unpruned=unpruned,
             below_chance=frozenset(name for name in answers.below_chance if name or whole) if answers else frozenset(),
+            reason=next((entry.score.reason for entry in entries if entry.score.reason), None),
         )
 
 
@@ -182,6 +185,11 @@ def by_seed(entries: Sequence[Measured]) -> list[Measured]:
 def seed_order(record: RunRecord) -> int:
     """A key that puts runs in the order of their seeds, those without one first."""
     return -1 if record.spec.seed is None else record.spec.seed
+
+
+def target_title(target: str) -> str:
+    """A target as a heading."""
+    return target if ":" in target or target == DENSE else f"{float(target) * 100:g}% unstructured"
 
 
 def value_of(entry: Measured) -> float:

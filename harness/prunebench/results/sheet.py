@@ -11,13 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from prunebench.plain import plain
 from prunebench.results.board import Board
 from prunebench.results.exports import ExportedRow, ExportedSection, ExportedTable, exported
 from prunebench.results.records import canonical_json
-
-_ACTIVE = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "'", "\t", "\r", "\n", " ")
-"""How a text begins that a spreadsheet may take for a formula, some in full width too, and our mark of one that does."""
+from prunebench.results.sheet_text import defused as defused
 
 COLUMNS: Mapping[str, str] = {
     "machine": "hardware the run was on",
@@ -89,8 +86,3 @@ def _line(section: ExportedSection, table: ExportedTable, row: ExportedRow) -> d
     own = row.model_dump(exclude=set(cells))
     cells |= {name: own[name] for name in COLUMNS if name not in cells}
     return {name: defused(cell) if isinstance(cell, str) else cell for name, cell in cells.items()}
-
-
-def defused(text: str) -> str:
-    """A cell's text on one line that no spreadsheet takes for a formula."""
-    return f"'{plain(text)}" if text.startswith(_ACTIVE) else plain(text)

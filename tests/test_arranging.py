@@ -17,7 +17,8 @@ from prunebench.spec import Eval, EvalFacts, EvalJob, Score
 from prunebench.targets import NM
 from prunebench.toolkit import InputNorm, walk
 from prunebench.toolkit.anatomy import find_anatomy
-from prunebench.toolkit.placement import Arrangement, Footprint, HostActivations, Resident, Streaming, arrange, footprint
+from prunebench.toolkit.arranging import Arrangement, Footprint, arrange, footprint
+from prunebench.toolkit.placement import HostActivations, Resident, Streaming
 
 GIB = 1 << 30
 LLAMA_7B = Footprint(weights=13 * GIB, outside=GIB, activations=2 * GIB, block=3 * GIB, sequence=GIB // 2)

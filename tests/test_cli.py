@@ -222,8 +222,8 @@ WRONG = {
         "how long",
     ),
     "no GPU": ("run small.toml --device cuda:99", "the device cuda:99 is not there: this machine has"),
-    "unknown device": ("run small.toml --device tpu", "--device is cpu, cuda or cuda:N, not 'tpu'."),
-    "device of another kind": ("eval tiny --device meta", "--device is cpu, cuda or cuda:N, not 'meta'."),
+    "unknown device": ("run small.toml --device tpu", "cuda:N+M for several GPUs or cuda+ for all, not 'tpu'."),
+    "device of another kind": ("eval tiny --device meta", "cuda:N+M for several GPUs or cuda+ for all, not 'meta'."),
     "unknown dtype": (
         f"{PRUNE} --step wanda --target 0.5 --dtype float8",
         "--dtype is one of float32, bfloat16, float16, float64,",

@@ -85,7 +85,11 @@ class Placement(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where work is done."""
+        """Where work is done, and what is in no block."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that blocks may be worked on, `device` first."""
 
     def expect(self, module: torch.nn.Module | None) -> None:
         """This block is brought next, and its way may begin; with None no block is."""

@@ -157,7 +157,7 @@ def evaluate_model(
 
 
 def _prune_request(options: PruneOptions) -> RunRequest:
-    device = pick_device(options.device)
+    device = pick_device(options.device, several=True)
     entry = _model_entry(options.model, _checked_dtype(options.dtype), options.revision, checked_allowed(options.allowed))
     suite = Suite(
         suite=SuiteHead(name="prune"),

@@ -15,9 +15,10 @@ from prunebench.errors import Refused
 from prunebench.plain import size_text
 from prunebench.spec import Needs, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.arranging import SPARE, Footprint
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.loading import DTYPES, empty_model
-from prunebench.toolkit.placement import SPARE, Footprint, HostActivations, Resident
+from prunebench.toolkit.placement import HostActivations, Resident
 from prunebench.toolkit.shapes import SHAPE, DrawnDense, RandomWeights, filled
 from prunebench.toolkit.virtual import Drawing, DrawingToHost, check_steps, is_large, is_virtual, left_virtual
 

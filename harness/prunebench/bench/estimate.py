@@ -19,6 +19,7 @@ from prunebench.bench.specs import build_method
 from prunebench.plugins import Registry
 from prunebench.results.records import RunRecord
 from prunebench.toolkit.loading import ModelShape, ModelSource, shape_of
+from prunebench.toolkit.spread import devices_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Estimator:
         def rates(dtype: str) -> Rates:
             key = (work.model.name, dtype)
             if key not in self.rates:
-                self.rates[key] = rates_of(work.shape, dtype, self.device, self.machine)
+                self.rates[key] = rates_of(work.shape, dtype, str(devices_of(self.device)[0]), self.machine)
             return self.rates[key].times(threads) if self.on_host else self.rates[key]
 
         return rates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,8 @@ class Cost:
     peak_device_bytes: int | None = None
     peak_host_bytes: int | None = None
     host_peak_sampled: bool = False
+    device_peaks: dict[str, int] = field(default_factory=dict)
+    """Of each device where work is spread over several; above is the highest."""
     crowded: bool = False
     """Other processes left the step less than the cores that its threads need."""
 
@@ -53,21 +55,34 @@ def free_bytes(device: torch.device, limit: float | None = None) -> int:
     return int(available if limit is None else min(available, limit - psutil.Process().memory_info().rss))
 
 
+def hold_to(devices: Sequence[torch.device], limit: float | None) -> None:
+    """Let this process allocate so many bytes on each GPU, or all there are; what goes beyond runs out of memory."""
+    for device in devices:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else min(1.0, limit / total), device)
+
+
 @contextmanager
-def measured(device: torch.device) -> Iterator[Cost]:
-    """Measure what runs inside. Two synchronisations in all; nothing else is added to the work."""
+def measured(device: torch.device, *others: torch.device) -> Iterator[Cost]:
+    """Measure what runs inside. Two synchronisations in all; nothing else is added to the work.
+
+    `others` are devices that it is spread over as well: then the clock waits for all of them where a phase begins or ends.
+    """
     cost = Cost()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    clock = PhaseClock(device)
+    on_gpu = [one for one in (device, *others) if one.type == "cuda"]
+    for one in on_gpu:
+        torch.cuda.reset_peak_memory_stats(one)
+    clock = PhaseClock(device, *others)
     with _host_peak(cost), _neighbours(cost):
         try:
             with clock.running():
                 yield cost
         finally:
             cost.phases = clock.seconds()
-            cost.peak_device_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None
+            peaks = {str(one): torch.cuda.max_memory_allocated(one) for one in on_gpu}
+            cost.peak_device_bytes = max(peaks.values(), default=None)
+            cost.device_peaks = peaks if len(peaks) > 1 else {}
 
 
 @contextmanager

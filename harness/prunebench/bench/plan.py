@@ -34,6 +34,7 @@ from prunebench.spec import Needs
 from prunebench.targets import parse_target
 from prunebench.toolkit.calibration import TokenArray, Tokens, calibration_tokens, context_of, packed_windows
 from prunebench.toolkit.loading import DTYPES, ModelIdentity, ModelSource, identify, resolve_model, shape_of
+from prunebench.toolkit.spread import devices_of
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,29 @@ class RunRequest:
     keep: Keeping | None = None
     rescoring: Rescoring | None = None
     """The model is pruned already, and only evaluated."""
+    spread: tuple[str, ...] = ()
+    """All devices of a run that may use several, `device` first; none where there is only that."""
+    device_memory: float | None = None
+    """Bytes that it may use of each device."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """What it may work on, `device` first."""
+        return tuple(map(torch.device, self.spread or (self.device,)))
+
+    @property
+    def on_text(self) -> str:
+        """The same as a text that `on` takes: `cuda:0+1`."""
+        return f"cuda:{'+'.join(name.removeprefix('cuda:') for name in self.spread)}" if self.spread else self.device
+
+    def on(self, text: str) -> RunRequest:
+        """The same run on what a text names, `cuda:1` or `cuda:0+1`."""
+        first, *others = names = tuple(map(str, devices_of(text)))
+        return replace(self, device=first, spread=names if others else ())
+
+    def on_any(self) -> RunRequest:
+        """The same run on as many GPUs, the first of those that its process is shown."""
+        return self.on(f"cuda:{'+'.join(map(str, range(len(self.spread))))}" if self.spread else "cuda")
 
 
 @dataclass
@@ -223,7 +247,7 @@ class Planner:
         return found
 
     def _resources(self, asked: Resources) -> RunResources:
-        gpus = int(self.device.startswith("cuda")) if asked.gpus is None else asked.gpus
+        gpus = len(devices_of(self.device)) * self.device.startswith("cuda") if asked.gpus is None else asked.gpus
         memory = None if asked.memory is None else asked.memory * (1 << 30)
         slurm = asked.slurm.model_dump(exclude_none=True)
         return RunResources(gpus, asked.cpus or self.suite.limits.threads or 1, memory, asked.minutes, tuple(slurm.items()))
@@ -281,7 +305,8 @@ class Planner:
             threads=limits.threads or 0,
             batch_size=limits.batch_size or 0,
             timeout=limits.timeout,
-        )
+            device_memory=limits.device_memory and limits.device_memory * (1 << 30),
+        ).on(self.device)
 
 
 def _check_texts(tokens: RunTokens, evals: tuple[EvalSpec, ...]) -> None:
@@ -300,20 +325,17 @@ def _check_texts(tokens: RunTokens, evals: tuple[EvalSpec, ...]) -> None:
             seen[content] = purpose
 
 
-def pick_device(asked: str | None) -> str:
-    """The device to work on.
+def pick_device(asked: str | None, several: bool = False) -> str:
+    """The device to work on; where `several` may serve one run, also a text like `cuda:0+1`, or `cuda+` for all GPUs.
 
     Raises:
-        RequestError: it is not there.
+        RequestError: it is not there, or several are named where one is used.
     """
     if asked is None:
         return default_device()
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise RequestError(f"--device is cpu, cuda or cuda:N, not {asked!r}.") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"the device {asked} is not there: this machine has {torch.cuda.device_count()} CUDA devices.")
-    if device.type not in ("cpu", "cuda"):
-        raise RequestError(f"--device is cpu, cuda or cuda:N, not {asked!r}.")
+    found, there = devices_of(asked), torch.cuda.device_count()
+    if not found or any(device.type == "cuda" and (device.index or 0) >= there for device in found):
+        raise RequestError(f"the device {asked} is not there: this machine has {there} CUDA devices.")
+    if len(found) > 1 and not several:
+        raise RequestError(f"--device {asked} names {len(found)} GPUs, and only runs can be spread over several.")
     return asked

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ class RayExecutor:
             if needs["memory"]:
                 amounts["memory"] = needs["memory"]
             if request.resources.gpus and request.device.startswith("cuda"):
-                request = replace(request, device="cuda")  # Ray says which by CUDA_VISIBLE_DEVICES
+                request = request.on_any()  # Ray says which by CUDA_VISIBLE_DEVICES
             task = self._work.options(name=f"prunebench {request.spec.id}", **amounts)
             self._tasks[request.spec.id] = Task(request, task.remote(request, self._mailbox))
 

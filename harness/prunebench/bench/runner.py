@@ -44,6 +44,7 @@ from prunebench.results.records import (
 )
 from prunebench.spec import Changes, Job, JsonDict, Progress, Pruner
 from prunebench.targets import Target, parse_target
+from prunebench.toolkit import kernels
 from prunebench.toolkit.adapter_files import load_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, Finding, audit
@@ -174,6 +175,8 @@ def _next_step(
     job = work.job(pruner, progress, notes, artefacts, checkpoint)
     before = Before(anatomy, work.dense, standing.survivors_changed, work.looks)
     cost = take_step(pruner, job, notes)
+    if job.device.type == "cuda":
+        notes["kernels"] = dict(kernels.report())
     artefacts.settle(cost)
     if checkpoint is not None:
         checkpoint.settle(cost)
@@ -221,8 +224,10 @@ def ask_all(pruners: list[Pruner], anatomy: ModelAnatomy, target: Target, steps:
 def take_step(pruner: Pruner, job: Job, notes: JsonDict) -> Cost:
     """Run one step under the clock, with the model in eval mode and the global state guarded."""
     changed: list[str] = []
-    with guarded(changed), evaluating(job.model), measured(job.device) as cost:
+    with guarded(changed), evaluating(job.model), measured(*job.placement.devices) as cost:
         pruner.prune(job)
+    if cost.device_peaks:
+        notes["peak bytes of each device"] = {**cost.device_peaks, "sum": sum(cost.device_peaks.values())}
     if changed:
         notes["global state left changed, and restored"] = ", ".join(changed)
     return cost

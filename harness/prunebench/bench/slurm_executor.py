@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def is_installed() -> bool:
 
 def on_a_node(request: RunRequest) -> RunRequest:
     """The run as its node sees it: Slurm says which GPU by CUDA_VISIBLE_DEVICES."""
-    return replace(request, device="cuda") if request.device.startswith("cuda") else request
+    return request.on_any() if request.device.startswith("cuda") else request
 
 
 def parameters(request: RunRequest) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class OneRun:
         with deaf_children():
             start_server("prunebench.bench.preload")
         started, store = time.monotonic(), ResultStore(self.results, lambda _: None)
-        executor, display = SubprocessExecutor(1, self.request.device, self.results), SweepDisplay(Console(width=WIDTH))
+        executor, display = SubprocessExecutor(1, self.request.on_text, self.results), SweepDisplay(Console(width=WIDTH))
         display.started([self.request], 0, 1)
         try:
             with self._heeding(executor):

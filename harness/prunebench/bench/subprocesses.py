@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -33,6 +32,7 @@ from prunebench.children import (
 from prunebench.errors import RequestError, StoreError
 from prunebench.results.journal import Journal
 from prunebench.results.records import Failure, RunRecord
+from prunebench.toolkit.spread import devices_of
 
 MOST_MESSAGES = 1000
 """Taken from one run before the others are looked at, so that a chattering one does not hold them up."""
@@ -78,7 +78,7 @@ class SubprocessExecutor:
         for request in requests:
             lease = self._free.pop(0)
             log = self._journal.scratch(request.machine, request.spec.id, "log")
-            self._children.append(Child(self._context, replace(request, device=lease), log))
+            self._children.append(Child(self._context, request.on(lease), log))
         if len(self._children) > 1:
             for child in self._children:
                 child.shared = True
@@ -92,7 +92,7 @@ class SubprocessExecutor:
             record = child.listen(listener)
             if record is not None:
                 self._children.remove(child)
-                self._free.append(child.request.device)
+                self._free.append(child.request.on_text)
                 log = child.read_log()
                 child.remove_log()
                 listener.ended(child.request.spec.id, record, log)
@@ -130,7 +130,7 @@ class Child:
         run = self.request.spec.id
         if not self._began:
             self._began = True
-            on = "" if self.request.device == "cpu" else f", {self.request.device}"
+            on = "" if self.request.device == "cpu" else f", {self.request.on_text}"
             listener.began(run, f"process {self.process.pid}{on}")
         try:
             for _ in range(MOST_MESSAGES):
@@ -193,18 +193,26 @@ class Child:
 
 
 def leases(device: str, jobs: int) -> list[str]:
-    """The device for each of several runs at a time.
+    """The device for each of several runs at a time; of several GPUs that were named, as many for each run, those first.
+
+    `cuda+` shares out all GPUs.
 
     Raises:
         RequestError: there are fewer GPUs than jobs.
     """
     if jobs == 1 or device == "cpu":
         return [device] * jobs
-    gpus = [device] if ":" in device else [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if len(gpus) < jobs:
-        there = f"{device} is one GPU" if ":" in device else f"this machine has {len(gpus)}"
-        raise RequestError(f"--jobs {jobs} needs as many GPUs, one for each run at work, and {there}.")
-    return gpus[:jobs]
+    there = torch.cuda.device_count()
+    named = [] if device in ("cuda", "cuda+") else [found.index or 0 for found in devices_of(device)]
+    if len(named) == 1:
+        raise RequestError(f"--jobs {jobs} needs as many GPUs, one for each run at work, and {device} is one GPU.")
+    each = len(named) or (there // jobs if device == "cuda+" else 1)
+    order = named + [index for index in range(there) if index not in named]
+    if each * jobs > there or not each:
+        needed = f"{each} for each run" if each > 1 else "one for each run"
+        raise RequestError(f"--jobs {jobs} needs as many GPUs, {needed} at work, and this machine has {there}.")
+    groups = [order[start : start + each] for start in range(0, each * jobs, each)]
+    return [f"cuda:{'+'.join(map(str, group))}" for group in groups]
 
 
 def used_bytes(process: int) -> int:

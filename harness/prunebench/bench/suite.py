@@ -175,6 +175,8 @@ class Limits(_Section):
     batch_size: Count | None = None
     """Sequences at a time; without it what is free decides, which is 8 where there is room."""
     timeout: Positive | None = None
+    device_memory: Positive | None = None
+    """GiB that a run may use of a device, if less than is free; where that is not enough blocks rest on the host."""
 
 
 class Suite(_Section):

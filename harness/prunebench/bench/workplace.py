@@ -10,14 +10,19 @@ from transformers import PreTrainedModel
 
 from prunebench.bench.artefacts import Artefacts
 from prunebench.bench.drawn import VIRTUAL, dense_weights, drawing_place, virtual_footprint
+from prunebench.bench.measure import free_bytes, hold_to
 from prunebench.bench.plan import RunRequest
+from prunebench.errors import Refused
 from prunebench.handles import Checkpoint
+from prunebench.plain import size_text
 from prunebench.spec import Job, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import Target
 from prunebench.toolkit.anatomy import ModelAnatomy
+from prunebench.toolkit.arranging import SPARE, Arrangement, arrange, footprint
 from prunebench.toolkit.audit import Looks
 from prunebench.toolkit.dense import DenseWeights
-from prunebench.toolkit.placement import Arrangement, HostActivations, Resident, Streaming, arrange, footprint, place_model
+from prunebench.toolkit.placement import HostActivations, Resident, Streaming, place_model
+from prunebench.toolkit.spread import Spread
 from prunebench.toolkit.virtual import Drawing, is_virtual
 
 _AT_REST = {
@@ -56,6 +61,10 @@ class Workplace:
         needs, spec = pruner.needs(), self.request.spec
         if said := _AT_REST.get(type(self.placement)):
             notes["little memory is free"] = said
+        if isinstance(self.placement, Spread):
+            notes["blocks on several devices"] = self.placement.counts()
+        if self.request.device_memory is not None:
+            notes["device memory limited to"] = size_text(int(self.request.device_memory))
         if isinstance(self.placement, Drawing):
             notes[VIRTUAL] = "drawn block by block on the device, looked at and dropped, in no phase"
             self.placement.begin()
@@ -95,10 +104,19 @@ def set_up(
         target: of the run.
         pruners: one a step.
         free: bytes on the device before the model was loaded.
+
+    Raises:
+        Refused: a step trains the whole model, which is asked for on several devices and does not fit on the first.
     """
-    chosen = _arranged(request, model, anatomy, pruners, free)
+    devices = request.devices
+    chosen = _arranged(request, model, anatomy, pruners, [free, *map(free_bytes, devices[1:])])
+    hold_to(devices, request.device_memory)
     if is_virtual(model):
         placement: Resident = drawing_place(chosen.resting, request, anatomy)
+    elif chosen.homes:
+        homes = {block.module: home for block, home in zip(anatomy.blocks, chosen.homes, strict=True)}
+        placement = Spread(devices, homes)
+        placement.place(model)
     else:
         placement = chosen.resting(request.device)
         place_model(model, [block.module for block in anatomy.blocks], placement)
@@ -107,19 +125,23 @@ def set_up(
 
 
 def _arranged(
-    request: RunRequest, model: PreTrainedModel, anatomy: ModelAnatomy, pruners: Sequence[Pruner], free: int
+    request: RunRequest, model: PreTrainedModel, anatomy: ModelAnatomy, pruners: Sequence[Pruner], free: Sequence[int]
 ) -> Arrangement:
-    resting: list[type[Resident]] = [Resident]
-    if torch.device(request.device).type != "cpu":
-        resting.append(HostActivations)
-        if not is_virtual(model) and not any(
-            pruner.needs() & Needs.TRAINING for pruner in pruners
-        ):  # whole models are trained on the device
-            resting.append(Streaming)
+    """By what is free on each device, and what the run may use of it."""
+    room = [int(min(there, request.device_memory or there)) for there in free]
     tokens = request.tokens.get("calibration")
     samples, length = (0, 0) if tokens is None else tokens.shape
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
     taken = footprint(model, anatomy.blocks, samples, length, hidden)
     if is_virtual(model):
         taken = virtual_footprint(taken)
-    return arrange(taken, free, resting, request.batch_size or None)
+    trains = [pruner.name for pruner in pruners if pruner.needs() & Needs.TRAINING]  # whole models are trained on one device
+    if trains and len(room) > 1 and taken.weights > SPARE * room[0]:
+        raise Refused(f"{trains[0]} trains the whole model on one device, and the model does not fit on {request.device}.")
+    resting: list[type[Resident]] = [Resident]
+    may_part = not trains and not is_virtual(model)
+    if torch.device(request.device).type != "cpu":
+        resting += [Spread] if may_part and len(room) > 1 else []
+        resting.append(HostActivations)
+        resting += [Streaming] if may_part else []
+    return arrange(taken, room, resting, request.batch_size or None)

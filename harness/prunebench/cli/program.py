@@ -28,7 +28,7 @@ app = typer.Typer(
 
 Results = Annotated[Path, typer.Option("--results", help="The folder of records.", show_default=True)]
 Machine = Annotated[str | None, typer.Option("--machine", help="Record under this machine's name (default: the hardware's).")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: cuda where there is one).")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, cuda:0+1 (default: cuda where there is one).")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 on CPU and bfloat16 on CUDA by default.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at a time.")]
 Allow = Annotated[list[str] | None, typer.Option("--allow", help="Allow `pickle` or `remote-code` for this model.")]

@@ -87,6 +87,7 @@ def run(
     """
     from functools import partial
 
+    from prunebench.bench.cost_only import refuse_kept_weights
     from prunebench.bench.estimate import known_work, with_predictions
     from prunebench.bench.executors import make_executor
     from prunebench.bench.plan import Keeping
@@ -97,6 +98,8 @@ def run(
     _check_options(executor, timeout, memory, endings, cluster and not (machine and device))
     store = open_store(results)
     planner = _planner(suite, model, method, machine, device, cluster)
+    if keep_weights:
+        refuse_kept_weights(planner.suite)
     again = again or "refused" in endings
     chosen = make_executor(executor, jobs, planner.device, results, ray_address, again)
     keep = Keeping(str(results.resolve()), keep_weights) if keep_masks or keep_weights else None
@@ -232,7 +235,7 @@ def _planner(
 
     chosen = narrowed(load_suite(suite), models or [], methods or [])
     name = slug(machine) if machine else machine_slug()
-    found = device if cluster and device in ("cpu", "cuda") else pick_device(device)
+    found = device if cluster and device in ("cpu", "cuda") else pick_device(device, several=True)
     return Planner(with_dense(chosen), load_registry(), name, command_line(), found)
 
 

@@ -92,10 +92,15 @@ class _DeviceMark:
 
 
 class PhaseClock:
-    """Adds up seconds by phase. Two synchronisations in all, at the start and at the end, and one more a lap."""
+    """Adds up seconds by phase. Two synchronisations in all, at the start and at the end, and one more a lap.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Events of several devices have no common time: where work is spread, each mark waits for all of them, and the host's clock
+    counts.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        """For work on these devices, one or more."""
+        self._devices = devices
         self._stack: list[str] = []
         self._marks: list[tuple[str, _Mark]] = []
 
@@ -145,11 +150,15 @@ class PhaseClock:
         return _seconds(self._marks)
 
     def _mark(self, name: str) -> None:
-        self._marks.append((name, _DeviceMark() if self._device.type == "cuda" else _HostMark()))
+        if len(self._devices) > 1:
+            self._synchronise()
+        by_event = [device.type for device in self._devices] == ["cuda"]
+        self._marks.append((name, _DeviceMark() if by_event else _HostMark()))
 
     def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
 
 def _seconds(marks: list[tuple[str, _Mark]]) -> dict[str, float]:

@@ -1,23 +1,18 @@
-"""Where blocks and activations rest: all on the device, or on the host and brought over one at a time; and which of it fits."""
+"""Where blocks and activations rest: all on the device, or on the host and brought over one at a time."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from prunebench.spec import BlockHandle
-from prunebench.toolkit.experts import experts_in
 from prunebench.toolkit.transfer import Lane, Ticket, lane_to
 
 MOST_SEQUENCES = 8
 """Sequences at a time where there is room. More gain little; fewer change the last bits of sums."""
-
-SPARE = 0.9
-"""The share of what is free that may be planned with: allocators keep some, and the footprint is an estimate."""
 
 HOST_TOKENS = 1024
 """Tokens at a time on a host. More gain nothing there, and tensors above 32 MiB take fresh pages from the system each time:
@@ -34,6 +29,11 @@ class Resident:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that work is done on, `device` first."""
+        return (self.device,)
 
     def expect(self, module: nn.Module | None) -> None:
         """Nothing to do: the block is there."""
@@ -237,79 +237,6 @@ class _Visit:
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """A module's parameters and buffers, each once."""
     return list({id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}.values())
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a walk over the blocks takes on the device, in bytes; estimates, but for the first three."""
-
-    weights: int
-    """The whole model."""
-    outside: int
-    """Of it what is in no block: embeddings, head, final norm."""
-    activations: int
-    """The hidden states of the calibration set before a block."""
-    block: int
-    """A block, its copy in float32, the gradients of that, the Gram matrices of its inputs."""
-    sequence: int
-    """What one sequence leaves in a block for the way back."""
-
-
-def footprint(model: nn.Module, blocks: Sequence[BlockHandle], samples: int, length: int, hidden: int) -> Footprint:
-    """What a walk takes on this model with so many calibration sequences of `length` tokens, hidden states `hidden` wide."""
-    own = max((parameter.element_size() for parameter in model.parameters()), default=4)
-    single = max(4, own)  # work is done in float32, or in float64 where the model is
-    weights = _bytes(model.parameters())
-    largest = max(blocks, key=lambda block: _bytes(block.module.parameters()))
-    shapes = [matrix.shape for matrix in largest.matrices]
-    numbers = sum(parameter.numel() for parameter in largest.module.parameters())
-    alone = experts_in(largest.module)  # each expert reads tokens of its own
-    grams = sum(width * width for width in {m.shape[1] for m in largest.matrices if m.module not in alone})
-    grams += sum(matrix.shape[1] ** 2 for matrix in largest.matrices if matrix.module in alone)
-    wide = 2 * sum(outputs for outputs, _ in shapes) + max((inputs for _, inputs in shapes), default=0)
-    return Footprint(
-        weights=weights,
-        outside=weights - sum(_bytes(block.module.parameters()) for block in blocks),
-        activations=samples * length * hidden * own,
-        block=numbers * own + single * (2 * numbers + 2 * grams),
-        sequence=single * length * (wide + 4 * hidden),
-    )
-
-
-def _bytes(parameters: Iterable[torch.Tensor]) -> int:
-    return sum({id(parameter): parameter.nbytes for parameter in parameters}.values())
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How many sequences are worked on at a time, and where everything rests."""
-
-    batch_size: int
-    resting: type[Resident]
-
-
-def arrange(footprint: Footprint, free: int, resting: Sequence[type[Resident]], batch_size: int | None = None) -> Arrangement:
-    """The first arrangement that fits: the full batch wherever it can be had, as where things rest changes no bit.
-
-    Only before the blocks themselves would leave the device is the batch halved. What is free decides nothing where there is
-    ample room, and where nothing fits the last arrangement is tried all the same.
-
-    Args:
-        footprint: of the model and its calibration set.
-        free: bytes on the device, the model not yet there.
-        resting: what may be chosen, the fastest first.
-        batch_size: asked for; a power of two up to `MOST_SEQUENCES` is chosen without it.
-    """
-    sizes = [MOST_SEQUENCES >> halved for halved in range(MOST_SEQUENCES.bit_length())] if batch_size is None else [batch_size]
-    on_device = [(size, place) for place in resting if place is not Streaming for size in sizes]
-    on_device.sort(key=lambda found: found[0], reverse=True)  # stable: for each size, the fastest first
-    tried = on_device + [(size, place) for place in resting if place is Streaming for size in sizes]
-    for size, place in tried:
-        held = footprint.outside if place is Streaming else footprint.weights
-        kept = footprint.activations if place is Resident else 0
-        if held + kept + footprint.block + size * footprint.sequence <= SPARE * free:
-            return Arrangement(size, place)
-    return Arrangement(*tried[-1])
 
 
 def place_model(model: nn.Module, blocks: list[nn.Module], placement: Resident) -> None:

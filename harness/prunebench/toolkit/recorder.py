@@ -30,19 +30,30 @@ class BlockCall:
     """The hidden state's."""
     tail: tuple[Any, ...] | None = None
     """What the block returns after the hidden state; None where it returns that alone, and no tuple."""
+    device: torch.device | None = None
+    """The hidden state's."""
 
     def returning(self, hidden: torch.Tensor) -> Any:
         """A hidden state as the block returns it."""
         return hidden if self.tail is None else (hidden, *self.tail)
 
-    def sized(self, batch: int, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for `batch` sequences; for a hidden state of another dtype floating tensors follow it."""
+    def sized(
+        self, batch: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for `batch` sequences; for a hidden state of another dtype floating tensors follow it, and to another
+        device all that were where it was."""
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if device is None or tensor.device != self.device else tensor.to(device)
 
         def fit(value: Any) -> Any:
             if isinstance(value, _PerSequence):
-                parts, *rest = value.part.shape
+                part = there(value.part)
+                parts, *rest = part.shape
                 # A view wherever it can be one: an attention mask of a whole batch may be a gigabyte.
-                value = value.part.expand(batch, *rest) if parts == 1 else torch.cat([value.part] * batch)
+                value = part.expand(batch, *rest) if parts == 1 else torch.cat([part] * batch)
+            elif isinstance(value, torch.Tensor):
+                value = there(value)
             follows = dtype != self.dtype and isinstance(value, torch.Tensor) and value.is_floating_point()
             return value.to(dtype) if follows else value
 
@@ -158,10 +169,11 @@ class _Recording:
             raise Refused(f"{self._family} changes the hidden state between its blocks, which the block walk cannot follow.")
         kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
         if self._runs == 1:
-            self.calls.append(BlockCall(args, kwargs, hidden.dtype))
+            self.calls.append(BlockCall(args, kwargs, hidden.dtype, device=hidden.device))
         elif self._runs == 2:
             kept = self.calls[index]
-            self.calls[index] = BlockCall(_marked(kept.args, args), _marked(kept.kwargs, kwargs), kept.dtype, kept.tail)
+            marked = _marked(kept.args, args), _marked(kept.kwargs, kwargs)
+            self.calls[index] = BlockCall(*marked, kept.dtype, kept.tail, kept.device)
         if not _same(self.calls[index].sized(self._batch, hidden.dtype), (args, kwargs)):
             raise Refused(f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed.")
         self._visited += 1

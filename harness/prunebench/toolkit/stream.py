@@ -57,7 +57,7 @@ class Stream:
         if not self._calls:
             self.resting(index)
         with evaluating(module):
-            args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype)
+            args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype, hidden.device)
             return unpack(module(hidden, *args, **kwargs))
 
     def expect(self, index: int) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from prunebench.handles import Placement
 from prunebench.toolkit.recorder import replaced
+from prunebench.toolkit.spread import called_there
 
 
 class Visits:
@@ -29,6 +30,11 @@ class Visits:
     def device(self) -> torch.device:
         """Where work is done."""
         return self._placement.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that blocks may be worked on."""
+        return self._placement.devices
 
     def expect(self, module: nn.Module | None) -> None:
         """This block is brought next."""
@@ -101,7 +107,7 @@ def visiting(blocks: Sequence[nn.Module], visits: Visits) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             with brought(visits, blocks[index]):
                 visits.expect(blocks[(index + 1) % len(blocks)])
-                return own(*args, **kwargs)
+                return called_there(blocks[index], own, args, kwargs)
 
         return forward
 

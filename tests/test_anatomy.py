@@ -307,7 +307,7 @@ _EXPERTS = {
 }
 
 
-def test_fused_experts_are_refused_with_their_share() -> None:
+def test_fused_experts_that_nobody_took_apart_are_refused_with_their_share() -> None:
     for model in (
         MixtralForCausalLM(MixtralConfig(**_EXPERTS, num_local_experts=4)),
         Qwen3MoeForCausalLM(

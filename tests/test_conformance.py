@@ -41,6 +41,7 @@ from prunebench.testing import (
     random_tokens,
     tiny_model,
 )
+from prunebench.testing.trial import label
 from prunebench.toolkit import Retraining, keep_mask, magnitude_scores
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before
@@ -96,6 +97,24 @@ def without_unclaimed(asked: pytest.MarkDecorator) -> pytest.MarkDecorator:
 
 @without_unclaimed(parametrize_with_checks(registered(FEW_STEPS), families=FAMILIES))
 def test_registered(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:
+    check(pruner, family)
+
+
+@without_unclaimed(
+    parametrize_with_checks(
+        registered(FEW_STEPS),
+        families=["mixtral"],
+        checks=["earlier_zeros", "same_seed", "batch_splits", "streaming", "channels_commute", "pruned_prefix", "resumes"],
+        excuses={
+            label(OPTIMISED): {
+                "pruned_prefix": "a pruned block is its own teacher, but of one sequence and of a batch, in which other tokens "
+                "meet an expert, outputs differ in last bits, of which RMSprop makes whole steps"
+            }
+        },
+    )
+)
+def test_registered_on_a_mixture(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:
+    """Laws that experts, of which each reads tokens of its own, could break."""
     check(pruner, family)
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import Bench, cases, changed, fingerprint, tree
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 import prunebench
 from prunebench.bench import runner
@@ -386,7 +386,7 @@ def test_a_pattern_that_does_not_fit_is_refused_for_every_method(method: str, ru
     assert run.untouched
 
 
-def test_a_mixture_of_experts_with_fused_weights_is_refused(run: Watched, bench: Bench, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_that_cannot_be_taken_apart_is_refused(run: Watched, bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "mixture"
     shape = {
         "vocab_size": 300,
@@ -395,9 +395,9 @@ def test_a_mixture_of_experts_with_fused_weights_is_refused(run: Watched, bench:
         "num_hidden_layers": 2,
         "max_position_embeddings": 64,
     }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    with quiet_transformers():
-        MixtralForCausalLM(MixtralConfig(**shape, **heads)).save_pretrained(folder)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 4}
+    with quiet_transformers():  # transposed, with biases
+        GptOssForCausalLM(GptOssConfig(**shape, **heads, layer_types=["full_attention"] * 2)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((bench.model / name).read_bytes())
     before = tree(folder)

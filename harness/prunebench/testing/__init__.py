@@ -14,7 +14,7 @@
 Outside pytest, `check_pruner(Mine)` returns the results as a list, and `prunebench check mine` prints them. Methods that train
 for minutes are put to it with options that make them quick: `partial(Mine, steps=3)`.
 
-Laws on all twelve families of tiny random models (`FAMILIES`):
+Laws on all fourteen families of tiny random models (`FAMILIES`):
 
 * `target_met`: the zeros are exactly those of the target, in the group that `audit_group` names, and the audit agrees;
 * `declared_changes`: nothing differs in a bit that `changes` does not declare;

@@ -109,8 +109,10 @@ class _AllRead(Exception):
 def _hooked(
     modules: Mapping[Matrix, nn.Module], shared: SharedStatistics, experts: Mapping[nn.Module, tuple[Experts, int]]
 ) -> Iterator[list[int]]:
-    """Show what each matrix's module reads to the statistics while the block runs; yields cells for the batch: its sequences, and
-    their length."""
+    """Show what each matrix's module reads to the statistics while the block runs.
+
+    Yields cells for the batch: its sequences, and their length.
+    """
     batch = [0, 0]
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]:

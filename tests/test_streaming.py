@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from prunebench.spec import Job, Pruner
 from prunebench.targets import Unstructured
 from prunebench.testing.lanes import LateLane
 from prunebench.toolkit import Block, InputNorm, keep_mask, magnitude_scores, walk
-from prunebench.toolkit.placement import Resident, Streaming, place_model, tensors_of
-from prunebench.toolkit.transfer import Ticket
+from prunebench.toolkit.placement import HostActivations, Resident, Streaming, place_model, tensors_of
+from prunebench.toolkit.transfer import CudaLane, Pairs, Ticket
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.sparsegpt import SparseGpt
@@ -394,3 +395,78 @@ def test_a_placed_model_has_its_blocks_on_the_host_and_is_otherwise_the_same() -
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     place_model(model, blocks, Resident("meta"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+# On a GPU
+
+
+SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_hidden_layers": 4}
+
+
+def placed(placement: Resident, samples: int = 32) -> Job:
+    """A job on a model of 4 blocks of 33 MiB in bfloat16, a MiB a sequence of hidden states."""
+    model = tiny(dtype=torch.bfloat16, max_position_embeddings=512, **SIZE)
+    job = make_job(model, tokens_of(samples, 512), placement=placement, batch_size=4)
+    place_model(model, [block.module for block in job.anatomy.blocks], placement)
+    return job
+
+
+class TimedLane(CudaLane):
+    """Keeps when each group of copies began and ended."""
+
+    times: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def copy(self, pairs: Pairs) -> Ticket:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        began.record(self._stream)
+        ticket = super().copy(pairs)
+        ended.record(self._stream)
+        self.times.append((began, ended))
+        return ticket
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("name", PRUNERS)
+@pytest.mark.parametrize("kind", [Streaming, HostActivations])
+def test_a_gpu_streams_to_the_bits_of_resident(kind: type[Resident], name: str) -> None:
+    resident, streamed = placed(Resident("cuda"), 8), placed(kind("cuda"), 8)
+    for job in (resident, streamed):
+        PRUNERS[name].prune(job)
+    for one, other in zip(resident.model.parameters(), streamed.model.parameters(), strict=True):
+        assert same_bits(one.cpu(), other.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_holds_two_blocks_and_a_few_batches() -> None:
+    job = placed(Streaming("cuda"))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    Wanda().prune(job)
+    block = sum(tensor.nbytes for tensor in tensors_of(job.anatomy.blocks[0].module))
+    batch = 4 * 512 * SIZE["hidden_size"] * 2
+    inner = batch * SIZE["intermediate_size"] // SIZE["hidden_size"]
+    assert torch.cuda.max_memory_allocated() - before <= 2 * block + 10 * batch + 6 * inner
+    assert torch.cuda.memory_allocated() - before <= batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_copies_the_next_block_and_batch_while_it_works_on_this_one() -> None:
+    placement = Streaming("cuda", TimedLane)
+    job, works = placed(placement), []
+    Wanda().prune(placed(Streaming("cuda"), 4))  # pinned memory and kernels are there from now on
+    TimedLane.times.clear()
+    for block in walk(job):
+        first = len(TimedLane.times)
+        block.collect(InputNorm)
+        done = torch.cuda.Event(enable_timing=True)
+        done.record()
+        works.append((TimedLane.times[first - 1] if block.index + 1 < len(job.anatomy.blocks) else None, done))
+    torch.cuda.synchronize()
+    copied = [(copy, done) for copy, done in works if copy is not None]
+    assert copied
+    # The copy of the next block, which was begun last before the statistics, is over before they are.
+    assert all(copy[1].elapsed_time(done) > 0 for copy, done in copied)

@@ -128,7 +128,7 @@ def prune(request: RunRequest, progress: Progress, outcome: Outcome) -> PreTrain
     registry = load_registry()
     pruners = [registry.pruner(parse_step(step.text)) for step in request.spec.steps]
     target = parse_target(request.spec.target)
-    free = free_bytes(torch.device(request.device), request.memory)
+    free = int(min(free_bytes(torch.device(request.device), request.memory), request.device_memory or float("inf")))
     progress("load", 0, 1)
     _check_model(request)
     is_shape, dtype = request.model.shape is not None, request.spec.model.dtype

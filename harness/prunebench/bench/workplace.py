@@ -21,6 +21,7 @@ from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.arranging import SPARE, Arrangement, arrange, footprint
 from prunebench.toolkit.audit import Looks
 from prunebench.toolkit.dense import DenseWeights
+from prunebench.toolkit.memory import let_go
 from prunebench.toolkit.placement import HostActivations, Resident, Streaming, place_model
 from prunebench.toolkit.spread import Spread
 from prunebench.toolkit.virtual import Drawing, is_virtual
@@ -110,7 +111,6 @@ def set_up(
     """
     devices = request.devices
     chosen = _arranged(request, model, anatomy, pruners, [free, *map(free_bytes, devices[1:])])
-    hold_to(devices, request.device_memory)
     if is_virtual(model):
         placement: Resident = drawing_place(chosen.resting, request, anatomy)
     elif chosen.homes:
@@ -120,6 +120,9 @@ def set_up(
     else:
         placement = chosen.resting(request.device)
         place_model(model, [block.module for block in anatomy.blocks], placement)
+    if request.device_memory is not None:
+        let_go()  # of what drawing the model took
+    hold_to(devices, request.device_memory)
     dense = dense_weights(request, anatomy)
     return Workplace(replace(request, batch_size=chosen.batch_size), model, anatomy, target, placement, dense)
 

@@ -46,9 +46,17 @@ def check_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
         torch.testing.assert_close(found[name], gradient, rtol=rtol, atol=atol)
 
 
+def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the model were too large to go through at once."""
+    monkeypatch.setattr(gradients, "_fits_at_once", lambda job: False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("reduce", ["l1", "l2"])
-def test_are_those_of_a_plain_backward(family: str, reduce: str) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_are_those_of_a_plain_backward(family: str, reduce: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        by_blocks(monkeypatch)
     job = make_job(tiny(family, torch.float64), tokens_of(samples=3))
     check_same(loss_gradients(job, reduce), plain_gradients(job, reduce), **EXACT)  # type: ignore[arg-type]
 
@@ -117,7 +125,8 @@ def test_where_inputs_are_kept_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     """They are copies in any case: the walk's own are overwritten."""
     asked: list[int] = []
     job = make_job(tiny(), tokens_of())
-    wanted = loss_gradients(job)
+    wanted = loss_gradients(job)  # at once
+    by_blocks(monkeypatch)
     monkeypatch.setattr(gradients, "_resting_place", lambda device, wanted: asked.append(wanted) or torch.device("cpu"))
     found = loss_gradients(job)
     assert all(same_bits(gradient, found[name]) for name, gradient in wanted.items())
@@ -162,7 +171,18 @@ def test_what_the_walk_cannot_follow_is_refused() -> None:
     placement.check_all_is_back()
 
 
-def test_progress_and_phases() -> None:
+def test_progress_at_once() -> None:
+    job, seen = make_job(tiny(), tokens_of(samples=2)), list[tuple[str, int, int]]()
+    job.progress = lambda *call: seen.append(call)
+    clock = PhaseClock(torch.device("cpu"))
+    with clock.running():
+        loss_gradients(job)
+    assert seen == [("gradients", index, 2) for index in range(3)]
+    assert clock.seconds().keys() == {"statistics", "other"}
+
+
+def test_progress_and_phases_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_blocks(monkeypatch)
     job = make_job(tiny(), tokens_of())
     seen: list[tuple[str, int, int]] = []
     job.progress = lambda *call: seen.append(call)

@@ -12,11 +12,11 @@ from support import EXACT, cases, fingerprint, halve, make_job, masks_of, tiny, 
 from prunebench.spec import Job
 from prunebench.targets import NM
 from prunebench.toolkit import (
-    Block,
     Gram,
     InputNorm,
     Retraining,
     Statistic,
+    gradients,
     keep_mask,
     loss_gradients,
     walk,
@@ -25,7 +25,7 @@ from prunebench.toolkit import (
 from prunebench.toolkit.memory import is_out_of_memory
 from prunebench.toolkit.placement import Resident
 from prunebench.toolkit.recovery import next_token_loss
-from prunebench.toolkit.regional import Student
+from prunebench.toolkit.regional import Lesson, Student
 from prunebench.toolkit.retrain import parts_of, train, whole_model
 from prunebench.toolkit.walk import Replica
 
@@ -142,7 +142,8 @@ def test_one_sequence_that_does_not_fit_ends_the_walk(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("place", [1, 4, 7, 10])
-def test_gradients_of_the_whole_model_survive_it(place: int) -> None:
+def test_gradients_of_the_whole_model_survive_it(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "together", lambda device, batch_size, length: batch_size)  # as on a device
     job, notes = scarce_job(torch.float64, at=place)
     found = loss_gradients(job)
     assert list(notes) == ["batch size halved to 2"]
@@ -250,30 +251,27 @@ def test_one_sequence_that_cannot_be_trained_on_ends_it() -> None:
     assert list(notes) == ["batch size halved to 1"]
 
 
-def students(monkeypatch: pytest.MonkeyPatch, *, scarce: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What students learn and how far off they are, and the notes; memory runs out for more than two samples at a time."""
-    job, notes = scarce_job(torch.float64)
-    found: dict[str, torch.Tensor] = {}
-    for block in walk(job):
-        student = Student(job, block, block.replica(), 0.001, latent=False)
-        with monkeypatch.context() as shortage:
-            for kind in (Block, Replica) if scarce else ():
-                shortage.setattr(kind, "forward", short_of_memory(kind.forward))  # type: ignore[attr-defined]
-            job.batch_size = BATCH
+def test_what_a_student_learns_is_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense outputs, where no pass for gradients gave them; training itself takes one sample at a time."""
+    found = []
+    for scarce in (True, False):
+        job, notes = scarce_job(torch.float64)
+        for block in walk(job):
+            replica = block.replica()
+            lesson = Lesson(job, replica, range(BATCH))
+            with monkeypatch.context() as shortage:
+                if scarce:
+                    shortage.setattr(Replica, "forward", short_of_memory(Replica.forward))
+                lesson.work_out()
+            student = Student(job, block, replica, lesson, 0.001, latent=False)
             student.prune({m: keep_mask(m.weight.abs(), job.target) for m in block.matrices})
-            student.train(block.inputs(range(BATCH)))
-            job.batch_size = BATCH
-            found[block.name] = student.error(range(BATCH), {m: student.weight(m) for m in block.matrices})
-        found |= {m.name: student.weight(m).detach().clone() for m in block.matrices}
-    return found, notes
-
-
-def test_a_block_and_its_student_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    (found, notes), (expected, none) = students(monkeypatch, scarce=True), students(monkeypatch, scarce=False)
-    assert none == {}
-    assert list(notes) == ["batch size halved to 2"]
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, **EXACT)
+            student.train(range(BATCH))
+            error = student.error(range(BATCH), {m: student.weight(m) for m in block.matrices})
+            found.append([error, *(student.weight(m).detach().clone() for m in block.matrices)])
+        assert list(notes) == (["batch size halved to 2"] if scarce else [])
+    for one, other in zip(found[:BLOCKS], found[BLOCKS:], strict=True):
+        for value, expected in zip(one, other, strict=True):
+            torch.testing.assert_close(value, expected, **EXACT)
 
 
 def short_of_memory(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

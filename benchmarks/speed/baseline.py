@@ -1,12 +1,14 @@
-"""Wanda and SparseGPT in the plainest form that is right: what the library's speed is measured against.
+"""Wanda, SparseGPT, GBLM and Wanda++ in the plainest form that is right: what the library's speed is measured against.
 
-Written from the definitions (`methods.md` 4 and 5) and the loop that the reference codes share (1.3), and kept for ever as it
+Written from the definitions (`methods.md` 4 to 7) and the loop that the reference codes share (1.3), and kept for ever as it
 is, so that ratios of different days can be compared: one sample at a time, a statistic of its own for every matrix, whole rows
-and whole slabs sorted, one column at a time. LLaMA blocks in float32 only; nothing of the library is used.
+and whole slabs sorted, one column at a time, autograd's own gradients. LLaMA blocks in float32 only; nothing of the library is
+used.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,16 +20,16 @@ Target = float | tuple[int, int]
 
 DAMPING = 0.01
 BLOCK_SIZE = 128
+ALPHA = 100.0
+ROUNDS, ROUND_SAMPLES, LEARNING_RATE = 5, 32, 3e-7
+"""Of Wanda++, as published."""
 
 
 def wanda(model: nn.Module, tokens: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
     """Prune a LLaMA in place; the keep masks [outputs, inputs] by module name."""
 
     def prune(weight: torch.Tensor, statistic: MeanSquares) -> torch.Tensor:
-        scores = weight.abs() * statistic.value.sqrt()
-        keep = kept_of_groups(scores, target) if isinstance(target, tuple) else kept_of_rows(scores, target)
-        weight[~keep] = 0
-        return keep
+        return prune_by(weight, weight.abs() * statistic.value.sqrt(), target)
 
     return block_by_block(model, tokens, MeanSquares, prune)
 
@@ -41,6 +43,95 @@ def sparsegpt(model: nn.Module, tokens: torch.Tensor, target: Target) -> dict[st
         return keep
 
     return block_by_block(model, tokens, MeanGram, prune)
+
+
+def gblm(model: Any, tokens: torch.Tensor, target: Target) -> dict[str, torch.Tensor]:
+    """Prune a LLaMA in place by Wanda's score and the magnitudes of every sample's gradients added up; the keep masks.
+
+    As the authors' code: a backward pass of the whole model a sample, all its gradients kept until the next, and then Wanda's
+    loop with another score. Their accumulators are float16, these float32.
+    """
+    weights = [linear.weight for block in model.model.layers for linear in linears_of(block).values()]
+    totals = {weight: torch.zeros_like(weight) for weight in weights}
+    for sample in tokens:
+        model.zero_grad()
+        model(input_ids=sample[None], labels=sample[None], use_cache=False).loss.backward()
+        for weight in weights:
+            totals[weight] += weight.grad.abs()
+    model.zero_grad()
+    of_data = {weight.data_ptr(): total for weight, total in totals.items()}
+
+    def prune(weight: torch.Tensor, statistic: MeanSquares) -> torch.Tensor:
+        scores = weight.abs() * (statistic.value.sqrt() + ALPHA * of_data[weight.data_ptr()])
+        return prune_by(weight, scores, target)
+
+    return block_by_block(model, tokens, MeanSquares, prune)
+
+
+def wanda_plus_plus(model: Any, tokens: torch.Tensor, target: Target, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prune a LLaMA in place by regional gradients, training each block towards its dense outputs; the keep masks.
+
+    The dense block's outputs are made anew for every sample of every round, as the public unofficial code does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        hidden = [model.model.embed_tokens(sample[None]) for sample in tokens]
+        rotations = model.model.rotary_emb(hidden[0], torch.arange(tokens.shape[1])[None])
+    masks = {}
+    for index, block in enumerate(model.model.layers):
+        linears = linears_of(block)
+        gradients = regional_gradients(block, linears, hidden, rotations)
+        teacher = copy.deepcopy(block)
+        optimizer = torch.optim.RMSprop([linear.weight for linear in linears.values()], lr=LEARNING_RATE)
+        for _ in range(ROUNDS):
+            drawn = [hidden[i] for i in torch.randperm(len(hidden), generator=generator)[:ROUND_SAMPLES].tolist()]
+            prune_regionally(block, linears, gradients, drawn, rotations, target)
+            for sample in drawn:
+                with torch.no_grad():
+                    wanted = teacher(sample, position_embeddings=rotations)
+                block.zero_grad()
+                (block(sample, position_embeddings=rotations) - wanted).square().sum().backward()
+                optimizer.step()
+        block.zero_grad()
+        for name, keep in prune_regionally(block, linears, gradients, hidden, rotations, target).items():
+            masks[f"model.layers.{index}.{name}"] = keep
+        with torch.no_grad():
+            hidden = [block(sample, position_embeddings=rotations) for sample in hidden]
+    return masks
+
+
+def regional_gradients(
+    block: nn.Module, linears: dict[str, nn.Linear], hidden: list[torch.Tensor], rotations: Any
+) -> dict[str, torch.Tensor]:
+    """The root mean square over samples of the gradients of each one's output norm, [outputs, inputs] by name."""
+    squares = {name: torch.zeros_like(linear.weight) for name, linear in linears.items()}
+    for sample in hidden:
+        block.zero_grad()
+        block(sample, position_embeddings=rotations).norm().backward()
+        for name, linear in linears.items():
+            assert linear.weight.grad is not None
+            squares[name] += linear.weight.grad**2
+    block.zero_grad()
+    return {name: (total / len(hidden)).sqrt() for name, total in squares.items()}
+
+
+@torch.no_grad()
+def prune_regionally(
+    block: nn.Module,
+    linears: dict[str, nn.Linear],
+    gradients: dict[str, torch.Tensor],
+    samples: list[torch.Tensor],
+    rotations: Any,
+    target: Target,
+) -> dict[str, torch.Tensor]:
+    """Score a block as it is on some samples, and zero what falls; norms are over all their tokens. The keep masks by name."""
+    statistics = statistics_of(block, linears, MeanSquares, samples, rotations)
+    masks = {}
+    for name, linear in linears.items():
+        norms = (statistics[name].value * len(samples)).sqrt()
+        scores = linear.weight.abs() * (norms + ALPHA * gradients[name])
+        masks[name] = prune_by(linear.weight.data, scores, target)
+    return masks
 
 
 class MeanSquares:
@@ -79,22 +170,42 @@ def block_by_block(model: Any, tokens: torch.Tensor, statistic: type[Any], prune
     rotations = decoder.rotary_emb(hidden[0], torch.arange(tokens.shape[1])[None])
     masks = {}
     for index, block in enumerate(decoder.layers):
-        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        statistics = {name: statistic(linear.in_features) for name, linear in linears.items()}
-        handles = [linear.register_forward_hook(adding_to(statistics[name])) for name, linear in linears.items()]
-        for sample in hidden:
-            block(sample, position_embeddings=rotations)
-        for handle in handles:
-            handle.remove()
+        linears = linears_of(block)
+        statistics = statistics_of(block, linears, statistic, hidden, rotations)
         for name, linear in linears.items():
             masks[f"model.layers.{index}.{name}"] = prune(linear.weight.data, statistics[name])
         hidden = [block(sample, position_embeddings=rotations) for sample in hidden]
     return masks
 
 
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def statistics_of(
+    block: nn.Module, linears: dict[str, nn.Linear], statistic: type[Any], samples: list[torch.Tensor], rotations: Any
+) -> dict[str, Any]:
+    """One statistic for each linear, of what it reads while the samples pass through the block."""
+    statistics = {name: statistic(linear.in_features) for name, linear in linears.items()}
+    handles = [linear.register_forward_hook(adding_to(statistics[name])) for name, linear in linears.items()]
+    for sample in samples:
+        block(sample, position_embeddings=rotations)
+    for handle in handles:
+        handle.remove()
+    return statistics
+
+
 def adding_to(statistic: Any) -> Callable[..., None]:
     """A hook that gives the statistic what its linear reads, a sequence at a time."""
     return lambda _module, args, _output: statistic.add(args[0][0])
+
+
+def prune_by(weight: torch.Tensor, scores: torch.Tensor, target: Target) -> torch.Tensor:
+    """Zero the entries of lowest score; the keep mask [outputs, inputs]."""
+    keep = kept_of_groups(scores, target) if isinstance(target, tuple) else kept_of_rows(scores, target)
+    weight[~keep] = 0
+    return keep
 
 
 def kept_of_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:

@@ -28,8 +28,8 @@ import torch
 
 from prunebench.effort import Effort, EffortFacts, gradient_effort, pruning_effort, walking_effort
 from prunebench.spec import Changes, Claims, Job, Matrix, Needs, Pruner, option
-from prunebench.toolkit import Block, InputNorm, Replica, gradient_scores, keep_mask, walk, wanda_scores
-from prunebench.toolkit.regional import Findings, Student, student_effort
+from prunebench.toolkit import Block, InputNorm, gradient_scores, keep_mask, walk, wanda_scores
+from prunebench.toolkit.regional import Findings, Lesson, Student, student_effort
 
 Tensors = Mapping[Matrix, torch.Tensor]
 
@@ -98,39 +98,33 @@ class WandaPlusPlus(Pruner):
         generator = torch.Generator().manual_seed(job.seed)  # on the host: the same draws on every device
         findings = Findings()
         for block in walk(job, carries=[generator, findings]):
-            replica = block.replica() if self.rgs or trains else None
-            gradients = replica.gradients(torch.linalg.vector_norm) if replica and self.rgs else None
-            if replica and trains:
-                self._optimise(job, block, replica, gradients, generator, findings)
+            if trains:
+                self._optimise(job, block, generator, findings)
             else:
+                gradients = block.replica().gradients(torch.linalg.vector_norm) if self.rgs else None
                 masks = self._masks(job, lambda m: m.weight, block.collect(InputNorm), gradients, len(job.calibration))
                 for matrix, mask in masks.items():
                     matrix.keep(mask)
         if trains:
             findings.tell(job)
 
-    def _optimise(
-        self,
-        job: Job,
-        block: Block,
-        replica: Replica,
-        gradients: Tensors | None,
-        generator: torch.Generator,
-        findings: Findings,
-    ) -> None:
+    def _optimise(self, job: Job, block: Block, generator: torch.Generator, findings: Findings) -> None:
         """Score, prune and train on samples drawn anew each round; then the masks, by a scoring on all samples."""
-        samples = len(job.calibration)
+        replica, samples = block.replica(), len(job.calibration)
         draws = [torch.randperm(samples, generator=generator)[: self.ro_samples].tolist() for _ in range(self.rounds)]
         held_out = sorted(set(range(samples)).difference(*draws))[:HELD_OUT]
-        student = Student(job, block, replica, self.learning_rate, latent=self.restart == "dense")
+        lesson = Lesson(job, replica, held_out + [sample for drawn in draws for sample in drawn])
+        gradients = replica.gradients(torch.linalg.vector_norm, see=lesson.see) if self.rgs else None
+        if not gradients:
+            lesson.work_out()
+        student = Student(job, block, replica, lesson, self.learning_rate, latent=self.restart == "dense")
         if held_out:
             alone = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)
             before = student.error(held_out, {m: m.weight * mask for m, mask in alone.items()})
         for drawn in draws:
-            inputs = block.inputs(drawn)
-            norms = replica.collect(InputNorm, inputs=inputs)
+            norms = replica.collect(InputNorm, samples=drawn)
             student.prune(self._masks(job, student.weight, norms, gradients, len(drawn)))
-            student.train(inputs)
+            student.train(drawn)
         if gradients and self.refresh_gradient:
             gradients = replica.gradients(torch.linalg.vector_norm)
         masks = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)

@@ -1,13 +1,13 @@
 """A block trained towards the outputs of its dense self while its masks move: Wanda++'s regional optimisation.
 
-The student is a float32 replica (float64 for such a model), and only its prunable matrices train. The teacher is the block
-as it is until its visit ends with new weights: the block itself, or a second replica where the model is in 16 bit, whose
-rounding would be as large as what is to be learned.
+The student is a float32 replica (float64 for such a model), and only its prunable matrices train. What it learns from are the
+outputs of that replica while it was dense, made once for all rounds: in the pass that finds its gradients, where there is one.
+In 16 bit their rounding would be as large as what is to be learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,20 +18,69 @@ from prunebench.handles import Matrix
 from prunebench.spec import Job
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.precision import single_precision
+from prunebench.toolkit.products import only_these, quick
 from prunebench.toolkit.walk import Block, Replica
+
+SMOOTHING, EPSILON = 0.99, 1e-8
+"""Of RMSprop, PyTorch's defaults."""
+
+PIECE = 1 << 15
+"""Entries that a host's thread updates at a time: a piece of weight, gradient, mean and root together stay in its cache."""
+
+
+class Lesson:
+    """The dense block's outputs for the samples that will be asked for, kept where activations rest."""
+
+    def __init__(self, job: Job, replica: Replica, samples: Iterable[int]) -> None:
+        """Of a replica that is still dense, for these calibration sequences."""
+        self._job, self._replica = job, replica
+        self._row = {sample: row for row, sample in enumerate(sorted(set(samples)))}
+        self._outputs: torch.Tensor | None = None
+
+    def see(self, first: int, outputs: torch.Tensor) -> None:
+        """Keep what is wanted of outputs [sequences, length, hidden] that begin with a calibration sequence."""
+        for sample, output in enumerate(outputs, first):
+            if sample in self._row:
+                self._keep(sample, output)
+
+    def work_out(self) -> None:
+        """Run the replica over the samples, where nobody else does."""
+        samples = list(self._row)
+
+        def attempt() -> None:
+            at = 0
+            with torch.no_grad(), quick(self._replica.module), single_precision(self._replica.device):
+                for part in self._replica.inputs(samples):
+                    for sample, output in zip(samples[at : at + len(part)], self._replica.forward(part), strict=True):
+                        self._keep(sample, output)
+                    at += len(part)
+
+        with phase("training"):
+            halving(self._job, lambda: self._job.batch_size, attempt, "what a block is to learn")
+
+    def output(self, sample: int) -> torch.Tensor:
+        """For one sample [1, length, hidden], on the device."""
+        assert self._outputs is not None
+        row = self._row[sample]
+        return self._job.placement.fetch(self._outputs[row : row + 1])
+
+    def _keep(self, sample: int, output: torch.Tensor) -> None:
+        if self._outputs is None:
+            self._outputs = self._job.placement.rest(output.new_empty(0)).new_empty((len(self._row), *output.shape))
+        self._outputs[self._row[sample]] = self._job.placement.rest(output)
 
 
 class Student:
     """A replica of a block on its way from dense to pruned."""
 
-    def __init__(self, job: Job, block: Block, replica: Replica, learning_rate: float, latent: bool) -> None:
+    def __init__(self, job: Job, block: Block, replica: Replica, lesson: Lesson, learning_rate: float, latent: bool) -> None:
         """`latent`: a removed weight keeps its value out of sight of the forward, and its gradient there moves the value.
 
         Without it a removed weight is set to zero, and trains on from there like any other.
         """
         self.replica = replica
-        self._job, self._block = job, block
-        self._teacher = block if replica.dtype == job.model.dtype else block.replica()
+        self._job, self._block, self._lesson = job, block, lesson
         self._shown = {matrix: replica.parameter(matrix) for matrix in block.matrices}
         # Detached tensors share the parameters' memory: without `latent` the values are what the forward sees.
         self._values = {m: p.detach().clone() if latent else p.detach() for m, p in self._shown.items()}
@@ -40,7 +89,7 @@ class Student:
         gone = {matrix: ~job.masks[matrix.name] for matrix in block.matrices if matrix.name in job.masks}
         self._gone = {matrix: matrix.oriented(mask).to(replica.parameter(matrix).device) for matrix, mask in gone.items()}
         """Removed by an earlier step: these do not train."""
-        self._optimizer = torch.optim.RMSprop(self._values.values(), lr=learning_rate)  # state is kept to the end
+        self._optimizer = RmsProp(list(self._values.values()), learning_rate)  # its means are kept to the end
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """A matrix's weight [outputs, inputs] as it has become, of removed entries too."""
@@ -56,59 +105,73 @@ class Student:
                 for matrix, mask in self._masks.items():
                     self._values[matrix].masked_fill_(~mask, 0)
 
-    def train(self, inputs: torch.Tensor) -> None:
-        """One step for each sample of the block's inputs [samples, length, hidden]: squared distance to the teacher's output.
+    def train(self, samples: Sequence[int]) -> None:
+        """One step for each of these calibration sequences: squared distance to the dense block's output.
 
         Squares are added up, not averaged: RMSprop forgets the scale, but for the 1e-8 that it adds to the root, which mean
         gradients of a large block do not exceed.
         """
-        with phase("training"):
-            targets = self._taught(inputs)
-            for hidden, target in zip(torch.split(inputs, 1), torch.split(targets, 1), strict=True):
-                with torch.enable_grad():
-                    loss = nn.functional.mse_loss(self.replica.forward(hidden), target, reduction="sum")
-                    found = torch.autograd.grad(loss, list(self._shown.values()), materialize_grads=True)
-                for (matrix, value), gradient in zip(self._values.items(), found, strict=True):
-                    value.grad = gradient.masked_fill_(self._gone[matrix], 0) if matrix in self._gone else gradient
-                self._optimizer.step()
+        with phase("training"), single_precision(self.replica.device):
+            for hidden, target in self._pairs(samples):
+                with only_these(self.replica.module, self._shown.values()), quick(self.replica.module), torch.enable_grad():
+                    output = self.replica.forward(hidden)
+                distance = (output.detach() - target).mul_(2)  # the gradient of the sum of squares
+                found = torch.autograd.grad(output, list(self._shown.values()), distance, materialize_grads=True)
+                for index, (matrix, gradient) in enumerate(zip(self._shown, found, strict=True)):
+                    known = gradient.masked_fill_(self._gone[matrix], 0) if matrix in self._gone else gradient
+                    self._optimizer.step(index, known)
                 if self._latent:
                     self._show()
 
     def error(self, samples: Sequence[int], weights: Mapping[Matrix, torch.Tensor]) -> torch.Tensor:
-        """Mean squared distance to the teacher's outputs on some samples with other weights [outputs, inputs]; a scalar.
+        """Mean squared distance to the dense outputs on some samples with other weights [outputs, inputs]; a scalar.
 
         The student's own weights are as before afterwards.
         """
-        inputs = self._block.inputs(samples)
         own = {matrix: shown.detach().clone() for matrix, shown in self._shown.items()}
-        with torch.no_grad():
+        with torch.no_grad(), quick(self.replica.module), single_precision(self.replica.device):
             for matrix, shown in self._shown.items():
                 shown.copy_(matrix.oriented(weights[matrix]))
-            found = self._passed(self.replica.forward, inputs)
+            pairs = self._pairs(samples)
+            found = torch.stack([nn.functional.mse_loss(self.replica.forward(hidden), target) for hidden, target in pairs])
             for matrix, shown in self._shown.items():
                 shown.copy_(own[matrix])
-        return nn.functional.mse_loss(found, self._taught(inputs))
+        return found.mean()
 
-    def _taught(self, inputs: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self._passed(self._teacher.forward, inputs)
-
-    def _passed(self, forward: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs for inputs [samples, length, hidden], a batch at a time; when memory runs out, again with half of it.
-
-        A step of training works on one sample: where that does not fit, nothing helps.
-        """
-        return halving(
-            self._job,
-            lambda: min(self._job.batch_size, len(inputs)),
-            lambda: torch.cat([forward(part) for part in torch.split(inputs, self._job.batch_size)]),
-            f"block {self._block.index}",
-        )
+    def _pairs(self, samples: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Input and wanted output [1, length, hidden] of one sample after the other; where one does not fit, nothing helps."""
+        return ((self._block.inputs([sample]), self._lesson.output(sample)) for sample in samples)
 
     def _show(self) -> None:
         with torch.no_grad():
             for matrix, mask in self._masks.items():
                 torch.mul(self._values[matrix], mask, out=self._shown[matrix].detach())
+
+
+class RmsProp:
+    """The steps of `torch.optim.RMSprop`, bit for bit, without a temporary of a weight's size."""
+
+    def __init__(self, values: Sequence[torch.Tensor], learning_rate: float) -> None:
+        """For these weights, changed in place."""
+        self._learning_rate = learning_rate
+        self._values = [_pieces(value) for value in values]
+        self._squares = [[torch.zeros_like(piece) for piece in pieces] for pieces in self._values]
+        largest = max((piece for pieces in self._values for piece in pieces), key=torch.numel)
+        self._root = largest.new_empty(largest.numel())
+
+    def step(self, index: int, gradient: torch.Tensor) -> None:
+        """Move one of the weights by its gradient, of the same shape."""
+        for value, square, part in zip(self._values[index], self._squares[index], _pieces(gradient), strict=True):
+            square.mul_(SMOOTHING).addcmul_(part, part, value=1 - SMOOTHING)
+            root = torch.sqrt(square, out=self._root[: square.numel()].view(square.shape)).add_(EPSILON)
+            value.addcdiv_(part, root, value=-self._learning_rate)
+
+
+def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of a matrix that are worked on together; on a device, which has no such cache, all of them."""
+    if weight.device.type != "cpu":
+        return (weight,)
+    return torch.split(weight, max(1, PIECE * torch.get_num_threads() // max(1, weight.shape[1])))
 
 
 def student_effort(facts: EffortFacts, steps: int, drawn: int) -> Effort:
@@ -143,7 +206,8 @@ class Findings:
 
     def tell(self, job: Job) -> None:
         """Note it."""
-        kept, changed, cast = torch.stack(self.counts).sum(dim=0).tolist()
+        counts = [found.to(job.device) for found in self.counts]  # blocks may be on several
+        kept, changed, cast = torch.stack(counts).sum(dim=0).tolist()
         job.note("kept_weights_changed", changed / max(1, kept))
         job.note("kept_weights_changed_after_cast", cast / max(1, kept))
         job.note("held_out_samples", [found[0] if found else 0 for found in self.errors])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +19,12 @@ from torch import nn
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.gathering import gather
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.precision import single_precision
+from prunebench.toolkit.products import quick
 from prunebench.toolkit.resuming import Bookmark
+from prunebench.toolkit.sample_gradients import Reduce, SampleGradients
 from prunebench.toolkit.stats import Statistic
 from prunebench.toolkit.stream import Stream
-
-Reduce = Literal["rms", "l1", "l2"]
 
 
 def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
@@ -146,49 +147,76 @@ class Replica:
         module: nn.Module = self._inner[matrix.name]
         return module
 
-    def collect(self, *kinds: type[Statistic], inputs: torch.Tensor | None = None) -> Any:
-        """As `Block.collect`, of what the copy's matrices read.
+    def collect(self, *kinds: type[Statistic], inputs: torch.Tensor | None = None, samples: Sequence[int] | None = None) -> Any:
+        """As `Block.collect`, of what the copy's matrices read; its products may be TF32 (`precision.py`).
 
         Args:
             kinds: classes of statistics, any number in one pass.
-            inputs: of the block, [sequences, length, hidden]; the whole calibration set without it.
+            inputs: of the block, [sequences, length, hidden].
+            samples: calibration sequences whose inputs are read instead; without both the whole calibration set.
         """
         stream, modules = self._block._stream, {m: self._inner[m.name] for m in self._block.matrices}
 
-        def attempt() -> Any:
-            def batches() -> Iterable[torch.Tensor]:
-                return self._block.batches() if inputs is None else torch.split(inputs, stream.batch_size)
+        def batches() -> Iterable[torch.Tensor]:
+            if inputs is not None:
+                return torch.split(inputs, stream.batch_size)
+            return self._block.batches() if samples is None else self.inputs(samples)
 
-            return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
+        def attempt() -> Any:
+            with quick(self.module), single_precision(self.device):
+                return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
 
         return stream.halving(attempt, self._block.index)
 
-    def gradients(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce = "rms") -> dict[Matrix, torch.Tensor]:
-        """Gradients of a regional loss with respect to each matrix, one sample at a time, reduced over the calibration set.
+    def inputs(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The block's inputs for chosen calibration sequences, a batch at a time."""
+        size = self._block._stream.batch_size
+        for start in range(0, len(samples), size):
+            yield self._block.inputs(samples[start : start + size])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the copy is."""
+        return next(self.module.parameters()).device
+
+    def gradients(
+        self,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        reduce: Reduce = "rms",
+        see: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> dict[Matrix, torch.Tensor]:
+        """Gradients of a regional loss with respect to each matrix, each sample's own, reduced over the calibration set.
 
         Args:
             loss: from the output for one sample [1, length, hidden] in the copy's dtype to a scalar.
             reduce: over samples: root of the mean of squares, sum of magnitudes, or root of the sum of squares.
+            see: is shown the outputs on the way, [samples, length, hidden], and the number of the first of these samples; again
+                from the start when memory runs out.
 
         Returns:
-            [outputs, inputs] in the copy's dtype for each matrix.
+            [outputs, inputs] in the copy's dtype for each matrix; zero where no sample reaches one.
         """
-        with phase("statistics"):
-            return self._block._stream.halving(lambda: self._sampled(loss, reduce), self._block.index)
 
-    def _sampled(self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce) -> dict[Matrix, torch.Tensor]:
-        weights = [self.parameter(matrix) for matrix in self._block.matrices]
-        totals = [torch.zeros_like(weight) for weight in weights]
-        samples = 0
-        for batch in self._block.batches():
-            for hidden in torch.split(batch, 1):
-                with torch.enable_grad():
-                    found = torch.autograd.grad(loss(self.forward(hidden)), weights, materialize_grads=True)
-                fold(totals, found, reduce)
-                samples += 1
-        if reduce != "l1":
-            totals = [(total / samples if reduce == "rms" else total).sqrt() for total in totals]
-        return {m: m.oriented(total) for m, total in zip(self._block.matrices, totals, strict=True)}
+        def attempt() -> dict[Matrix, torch.Tensor]:
+            with single_precision(self.device):
+                return self._sampled(loss, reduce, see)
+
+        with phase("statistics"):
+            return self._block._stream.halving(attempt, self._block.index)
+
+    def _sampled(
+        self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce, see: Callable[[int, torch.Tensor], None] | None
+    ) -> dict[Matrix, torch.Tensor]:
+        matrices, samples = self._block.matrices, 0
+        found = SampleGradients([self.parameter(matrix) for matrix in matrices], reduce)
+        for part in found.parts(self._block.batches(), self._block._stream.batch_size):
+            with found.taking(self.module):
+                output = self.forward(part)
+                found.backward(len(part), torch.stack([loss(own) for own in torch.split(output, 1)]).sum())
+            if see:
+                see(samples, output.detach())
+            samples += len(part)
+        return {m: m.oriented(total) for m, total in zip(matrices, found.reduced(), strict=True)}
 
     def parameter(self, matrix: Matrix) -> nn.Parameter:
         """The copy of a matrix's parameter, in its stored orientation; takes gradients."""
@@ -199,12 +227,3 @@ class Replica:
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """The copy of a matrix's weight as [outputs, inputs]; part of the graph."""
         return matrix.oriented(self.parameter(matrix))
-
-
-def fold(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], reduce: Reduce) -> None:
-    """Add one sample's gradients, which are used up, to the totals: magnitudes for l1, squares otherwise."""
-    for total, gradient in zip(totals, gradients, strict=True):
-        if reduce == "l1":
-            total.add_(gradient.abs_())
-        else:
-            total.addcmul_(gradient, gradient)

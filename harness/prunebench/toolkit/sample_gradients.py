@@ -1,0 +1,136 @@
+"""Each sample's gradients of some matrices, from one forward and one backward of several samples.
+
+The gradient of a matrix for a sample is `D'X`: X what the matrix read and D the gradient at its output, for that sample's
+tokens alone. Both pass by on the way back; each sample's product is made there, folded into the total, and gone, so that the
+gradients of one matrix and one sample are all that is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from prunebench.toolkit.products import only_these, quick, weight_gradient
+
+Reduce = Literal["rms", "l1", "l2"]
+
+
+TOGETHER = 4096
+"""Tokens that go through together on a device: enough to keep it busy, and their graph through one block is small."""
+
+
+def together(device: torch.device, batch_size: int, length: int) -> int:
+    """Samples of so many tokens that go there and back at once; one on a host, where more gain nothing and take memory."""
+    return 1 if device.type == "cpu" else max(1, min(batch_size, TOGETHER // length))
+
+
+class SampleGradients:
+    """Gradients reduced over samples as these come: totals of magnitudes for l1, of squares otherwise."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], reduce: Reduce) -> None:
+        """For these parameters, each in its stored orientation."""
+        self.totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        self._weights, self._reduce = list(weights), reduce
+        self._index = {id(weight): index for index, weight in enumerate(weights)}
+        self._calls = [0] * len(weights)
+        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor, bool]]] = [[] for _ in weights]
+        self._apart = True
+        """Whether batches of several samples can be taken apart; the first sample, by itself, shows it."""
+        self._samples = 0
+
+    @contextmanager
+    def taking(self, module: nn.Module) -> Iterator[None]:
+        """Take the gradients of what is run forward through a module here."""
+        with only_these(module, self._weights), quick(module, self), torch.enable_grad():
+            yield
+
+    def parts(self, batches: Iterable[torch.Tensor], at_once: int) -> Iterator[torch.Tensor]:
+        """Batches in parts that may go through together, no more samples than asked for: the first one by itself.
+
+        After it as many as can be taken apart, and as `together` says.
+        """
+        for batch in batches:
+            start, most = 0, together(self._weights[0].device, at_once, batch.shape[1]) if self._weights else 1
+            while start < len(batch):
+                stop = start + (most if self._samples and self._apart else 1)
+                yield batch[start:stop]
+                start = stop
+
+    def backward(
+        self,
+        samples: int,
+        outputs: torch.Tensor,
+        gradients: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Go back, of so many samples, from the sum of their losses, or from outputs with the gradients there.
+
+        Returns:
+            The gradient at `inputs`, if these are given.
+
+        Raises:
+            RuntimeError: the samples of a batch cannot be taken apart, and the first sample did not show it.
+        """
+        wanted = [*self._weights] if inputs is None else [inputs, *self._weights]
+        found = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        below = None if inputs is None else found.pop(0)
+        beside = any(gradient is not None for gradient in found)  # of a weight that is read past its layer
+        apart = self._apart and all(self._calls) and not beside
+        if self._samples and self._apart and not apart:
+            raise RuntimeError("the block works on this sample in another way than on the first; they cannot be taken apart.")
+        self._apart = apart
+        for index, gradient in enumerate(found):
+            if gradient is not None or self._waiting[index]:
+                self._fold(index, gradient)
+        self._calls, self._samples = [0] * len(self._weights), self._samples + samples
+        return below
+
+    def reduced(self) -> list[torch.Tensor]:
+        """The totals, brought to the scale of the reduction in place; nothing can be folded in afterwards."""
+        samples = max(1, self._samples)
+        if self._reduce == "rms":
+            self.totals = [total.div_(samples) for total in self.totals]
+        return self.totals if self._reduce == "l1" else [total.sqrt_() for total in self.totals]
+
+    def called(self, weight: torch.Tensor, inputs: torch.Tensor) -> None:
+        """A product that `take` is going to see."""
+        index = self._index.get(id(weight))
+        if index is not None:
+            self._calls[index] += 1
+            self._apart &= inputs.ndim > 2  # without a dimension of samples, tokens may be in any order
+
+    def take(self, weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, transposed: bool) -> None:
+        """Fold what a product gives; of a matrix that was called several times, when all of them are here.
+
+        Of the first sample all wait to the end: only then is it known whether autograd finds something beside them.
+        """
+        index = self._index.get(id(weight))
+        if index is None:
+            return
+        self._waiting[index].append((inputs.detach(), gradients, transposed))
+        if self._samples and self._apart and len(self._waiting[index]) == self._calls[index]:
+            self._fold(index, None)
+
+    def _fold(self, index: int, beside: torch.Tensor | None) -> None:
+        """Take in all samples of what waits for a matrix, and of a single sample what autograd found beside it."""
+        waiting, self._waiting[index] = self._waiting[index], []
+        for sample in range(len(waiting[0][0]) if self._apart and waiting else 1):
+            gradient = beside
+            for inputs, gradients, transposed in waiting:
+                parts = (inputs[sample], gradients[sample]) if self._apart else (inputs, gradients)
+                own = weight_gradient(*parts, transposed)
+                gradient = own if gradient is None else own.add_(gradient)
+            assert gradient is not None
+            fold(self.totals[index], gradient, self._reduce)
+
+
+def fold(total: torch.Tensor, gradient: torch.Tensor, reduce: Reduce) -> None:
+    """Add one sample's gradient, which is used up, to a total: magnitudes for l1, squares otherwise."""
+    if reduce == "l1":
+        total.add_(gradient.abs_())
+    else:
+        total.addcmul_(gradient, gradient)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -59,6 +58,9 @@ def rows_of(score: Score) -> list[dict[str, Any]]:
 class Fake:
     """A kernel that counts its products, takes its time over each, and refuses or spoils some shapes."""
 
+    now = 0.0
+    """The time on the tests' own clock: seconds that kernels and models say they take."""
+
     def __init__(self, seconds: float = 0.0, refused: tuple[int, int] | None = None, wrong: bool = False) -> None:
         self.calls: Counter[tuple[int, ...]] = Counter()
         self._seconds, self._refused, self._wrong = seconds, refused, wrong
@@ -73,7 +75,7 @@ class Fake:
 
         def product(inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             self.calls[tuple(weight.shape)] += 1
-            time.sleep(self._seconds)
+            Fake.now += self._seconds
             return kept(inputs, bias)
 
         return product
@@ -81,13 +83,21 @@ class Fake:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
-    """A table of kernels of the test's own; and clocks that look once."""
+    """A table of kernels of the test's own, and a clock that only they set forward."""
+
+    def elapsed(work: Callable[[], object], times: int, _device: torch.device) -> float:
+        began = Fake.now
+        for _ in range(times):
+            work()
+        return Fake.now - began + 1e-6 * times
+
     found: list[Kernel] = []
     monkeypatch.setattr(sparse_kernels, "KERNELS", found)
     monkeypatch.setattr(speed_module, "KERNELS", found)
     monkeypatch.setitem(clocks.SLICE, "cpu", 1e-5)
     for module in (clocks, serving):
         monkeypatch.setattr(module, "ROUNDS", 1)
+        monkeypatch.setattr(module, "elapsed", elapsed)
     return found
 
 
@@ -141,19 +151,23 @@ def test_a_slow_kernel_is_a_loss_and_a_slow_dense_model_a_gain(table: list[Kerne
     evaluation = Speed(batches=(1,), prompt=2, tokens=1)
     dense = tiny()
     model = pruned(dense, NM(2, 4))
-    table.append(Fake(seconds=5e-4).kernel())
+    table.append(Fake(seconds=1.0).kernel())
     lost = measure(model, dense, evaluation)
-    assert lost.value is not None
-    assert lost.value < 0.5
+    assert lost.value == pytest.approx(1e-6 / 21, rel=1e-3)
+    assert lost.reason == ""
+
+    def slow(*_: object) -> None:
+        Fake.now += 2.5
+
     for matrix in find_anatomy(dense).matrices:
-        matrix.module.register_forward_hook(lambda *_: time.sleep(2e-3))
+        matrix.module.register_forward_hook(slow)
     gained = measure(model, dense, evaluation)
-    assert gained.value is not None
-    assert gained.value > 2
+    assert gained.value == pytest.approx(2.5)
+    assert rows_of(gained)[0]["dense_ms"] == pytest.approx(1000 * 21 * 2.5)
 
 
 def test_of_two_kernels_the_quicker_one_takes_the_model(table: list[Kernel]) -> None:
-    slow, quick = Fake(seconds=1e-3), Fake()
+    slow, quick = Fake(seconds=1.0), Fake(seconds=0.5)
     table += [slow.kernel("slow"), quick.kernel("quick")]
     model = pruned(tiny(), NM(2, 4))
     score = measure(model, tiny(), Speed(batches=(1,), prompt=2, tokens=1))

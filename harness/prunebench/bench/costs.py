@@ -200,7 +200,7 @@ def eval_effort(conditions: Mapping[str, object]) -> tuple[Effort, bool]:
 
 def reads_dense(conditions: Mapping[str, object]) -> bool:
     """Whether an evaluation reads the dense model too."""
-    return conditions.get("eval") in ("divergence", "layer_error")
+    return conditions.get("eval") in ("divergence", "layer_error", "speed")
 
 
 def step_bytes(efforts: Sequence[Effort], work: Work, on_host: bool) -> int:

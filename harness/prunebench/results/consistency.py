@@ -21,6 +21,7 @@ REQUIRED = {
     "divergence": (*_TEXT, "direction"),
     "zero_shot": ("tasks", "missing", "metric", "shots", "limit", "lm_eval"),
     "generation": ("data", "content", "questions", "tasks", "recognition", "production", "new_tokens", "normalisation"),
+    "speed": ("device", "driver", "torch", "transformers", "kernels", "batches", "prompt", "written"),
 }
 """Further conditions of the built-in evaluations: without one of them two values could not be compared."""
 
@@ -30,6 +31,7 @@ MADE = {
     "zero_shot": ("accuracy", True, SampleRecord(column="right", strata="stratum", tasks="task")),
     "generation": ("accuracy", True, SampleRecord(column="produced", strata="stratum", tasks="task")),
     "layer_error": ("relative error", False, None),
+    "speed": ("speed-up", True, None),
 }
 """Unit, direction and making of the values of built-in evaluations: with another column another value would follow from the
 answers."""

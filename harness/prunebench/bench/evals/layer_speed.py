@@ -42,7 +42,7 @@ class Row:
     @classmethod
     def timed(cls, shape: str, phase: str, batch: int, tokens: int, dense: float, sparse: float, kernel: str, note: str) -> Row:
         """Of seconds; `sparse` is 0 where only the dense model was measured."""
-        speed_up = round(dense / sparse, 4) if sparse else 0.0
+        speed_up = float(f"{dense / sparse:.5g}") if sparse else 0.0
         return cls(shape, phase, batch, tokens, round(1e3 * dense, 6), round(1e3 * sparse, 6), speed_up, kernel, note)
 
 

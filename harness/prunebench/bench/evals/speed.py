@@ -172,7 +172,7 @@ def _why_none(whole: Sequence[Row], pruned: Sequence[Matrix], taken: Taken) -> s
     """Why there is no value although kernels run here; empty where there is one."""
     if not pruned:
         return ""
-    return "no kernel takes these shapes" if not taken.products else OUT_OF_MEMORY if not whole[0].speed_up else ""
+    return "no kernel takes these shapes" if not taken.products else OUT_OF_MEMORY if not whole[0].sparse_ms else ""
 
 
 def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken: Taken) -> list[Row]:
@@ -203,7 +203,7 @@ def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken
 def _parts(whole: Sequence[Row]) -> dict[str, float]:
     """Speed-ups by batch, and tokens a second of the smallest and the largest batch."""
     timed = [row for row in whole if row.dense_ms]
-    parts = {f"{row.phase}, batch {row.batch}": row.speed_up for row in timed if row.speed_up}
+    parts = {f"{row.phase}, batch {row.batch}": row.speed_up for row in timed if row.sparse_ms}
     batches = [row.batch for row in timed]
     for row in timed:
         if row.batch in (min(batches), max(batches)):

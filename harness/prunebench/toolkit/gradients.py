@@ -77,8 +77,7 @@ def _at_once(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
             job.progress("gradients", done, len(tokens))
             ids = part.to(job.device)
             with found.taking(job.model):
-                loss = _losses(job.model(input_ids=ids, use_cache=False).logits, ids).sum()
-            found.backward(len(part), loss)
+                found.backward(len(part), _losses(job.model(input_ids=ids, use_cache=False).logits, ids).sum())
             done += len(part)
     job.progress("gradients", done, len(tokens))
     return _on_the_host(matrices, found.reduced())
@@ -193,7 +192,8 @@ def _through_block(
             rows = slice(at, at + len(part))
             hidden = placement.fetch(part).to(stream.work_dtype()).requires_grad_()
             with found.taking(replica.module):
-                output = replica.forward(hidden)
-            gradients[rows] = placement.rest(found.backward(len(part), output, placement.fetch(gradients[rows]), hidden))
+                below = found.backward(len(part), replica.forward(hidden), placement.fetch(gradients[rows]), hidden)
+            assert below is not None
+            gradients[rows] = placement.rest(below)
             at += len(part)
         return found.reduced()

@@ -44,7 +44,7 @@ class SampleGradients:
 
     @contextmanager
     def taking(self, module: nn.Module) -> Iterator[None]:
-        """Take the gradients of what is run forward through a module here."""
+        """Take the gradients of what is run through a module here, forward and back."""
         with only_these(module, self._weights), quick(module, self), torch.enable_grad():
             yield
 

@@ -12,6 +12,7 @@
 # Ends with 0 when all stages are done, 75 when there is more to do, 1 when a stage failed.
 set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
+SELF=benchmarks/speed/gpu.sh
 
 STAGES=(environment tests kernels 7b-oneshot 7b-gradients served 7b-perp 7b-streaming quality 30b 70b profile)
 STATE=${STATE:-/tmp/prunebench-gpu}
@@ -24,7 +25,7 @@ SHAPE=${SHAPE:-} DEVICE=${DEVICE:-cuda} MINUTES=9.5 AGAIN= INSIDE= CHOSEN=()
 LEAST=45  # seconds that must be left for a stage to begin
 PACKING=25  # seconds kept for packing
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$SELF"; }
 
 while [ $# -gt 0 ]; do
   case $1 in
@@ -157,7 +158,7 @@ fi
 
 # ---- all of them
 
-mkdir -p "$STATE/stamps" "$STATE/logs" "$OUT"
+mkdir -p "$STATE/stamps" "$STATE/logs" "$STATE/cut" "$OUT"
 if [ -f "$CARRIED" ] && [ -z "$(ls -A "$STATE/stamps")" ]; then
   tar xzf "$CARRIED" -C "$STATE" && rm -f "$STATE/stamps/environment" && echo "going on from $CARRIED"
 fi
@@ -173,37 +174,53 @@ pack() {
   [ -e "$OUT/state.tar.gz.1" ] || mv "$OUT/state.tar.gz.0" "$OUT/state.tar.gz"
 }
 
-more=0 failed=0
-for name in "${CHOSEN[@]}"; do
-  stamp=$STATE/stamps/$name
-  [ -n "$AGAIN" ] && rm -f "$stamp"
-  if [ -f "$stamp" ]; then
-    echo "== $name: $(cat "$stamp") (before)"
-    grep -q '^failed' "$stamp" && failed=1
-    continue
-  fi
-  now=$(date +%s)
-  limit=$((DEADLINE - now))
-  if [ $limit -lt $LEAST ]; then
-    more=1
-    echo "== $name: not begun, $limit seconds are left of this call"
-    continue
-  fi
-  [ $limit -gt "$STAGE_SECONDS" ] && limit=$STAGE_SECONDS
-  echo "== $name: at most $limit seconds"
-  timeout --signal=INT --kill-after=15 "$limit" bash "$0" --inside "$name" 2>&1 | tee -a "$STATE/logs/$name.txt" | tail -n 40
-  ended=${PIPESTATUS[0]}
-  took=$(($(date +%s) - now))
-  case $ended in
-    0) echo "done in $took s" >"$stamp" ;;
-    124 | 130 | 137) more=1 && echo "== $name: cut after $took s, to be gone on with" ;;
-    *) failed=1 && echo "failed with $ended after $took s" >"$stamp" ;;
-  esac
-  [ -f "$stamp" ] && echo "== $name: $(cat "$stamp")"
-  pack
-  [ "$name" = environment ] && [ $failed -eq 1 ] && break  # nothing else can go well
-done
-session summary "$STATE"/results* | tee "$OUT/summary.txt"
-[ $failed -eq 1 ] && exit 1
-[ $more -eq 1 ] && exit 75
-exit 0
+in_order() {
+  local name
+  for name in "${CHOSEN[@]}"; do [ -e "$STATE/cut/$name" ] || echo "$name"; done
+  for name in "${CHOSEN[@]}"; do [ ! -e "$STATE/cut/$name" ] || echo "$name"; done
+}
+
+# Read whole before it begins: the file may be written anew meanwhile.
+run_all() {
+  local more=0 failed=0 name stamp now limit ended took
+  # What took too long before comes last: it may hang.
+  for name in $(in_order); do
+    stamp=$STATE/stamps/$name
+    [ -n "$AGAIN" ] && rm -f "$stamp"
+    if [ -f "$stamp" ]; then
+      echo "== $name: $(cat "$stamp") (before)"
+      grep -q '^failed' "$stamp" && failed=1
+      continue
+    fi
+    now=$(date +%s)
+    limit=$((DEADLINE - now))
+    if [ $limit -lt $LEAST ]; then
+      more=1
+      echo "== $name: not begun, $limit seconds are left of this call"
+      continue
+    fi
+    [ $limit -gt "$STAGE_SECONDS" ] && limit=$STAGE_SECONDS
+    echo "== $name: at most $limit seconds"
+    timeout --signal=INT --kill-after=15 "$limit" bash "$SELF" --inside "$name" 2>&1 | tee -a "$STATE/logs/$name.txt" | tail -n 40
+    ended=${PIPESTATUS[0]}
+    took=$(($(date +%s) - now))
+    case $ended in
+      0) echo "done in $took s" >"$stamp" ;;
+      124 | 130 | 137)
+        more=1
+        echo "== $name: cut after $took s, to be gone on with"
+        [ $limit -eq "$STAGE_SECONDS" ] && touch "$STATE/cut/$name"
+        ;;
+      *) failed=1 && echo "failed with $ended after $took s" >"$stamp" ;;
+    esac
+    [ -f "$stamp" ] && echo "== $name: $(cat "$stamp")"
+    pack
+    [ "$name" = environment ] && [ $failed -eq 1 ] && break  # nothing else can go well
+  done
+  session summary "$STATE"/results* | tee "$OUT/summary.txt"
+  [ $failed -eq 1 ] && return 1
+  [ $more -eq 1 ] && return 75
+  return 0
+}
+
+run_all; exit

@@ -50,7 +50,7 @@ def launched(work: Work, device: torch.device, launch: Launch) -> Work:
     """
     if launch == "eager":
         return work
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):  # libraries choose their algorithms and take their workspace before anything is recorded
@@ -74,7 +74,7 @@ def elapsed(work: Work, times: int, device: torch.device) -> float:
         for _ in range(times):
             work()
         return time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     for _ in range(times):
         work()

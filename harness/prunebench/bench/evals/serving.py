@@ -75,7 +75,7 @@ class Session:
 
     def _read(self) -> None:
         if isinstance(self._cache, StaticCache):
-            self._cache.reset()
+            self._cache.reset()  # type: ignore[no-untyped-call]
         else:
             self._cache = self._new_cache()
         self._forward(self._prompts)

@@ -159,7 +159,7 @@ def replaced(matrices: Sequence[Matrix], products: Mapping[str, Product]) -> Ite
     try:
         for matrix in matrices:
             if matrix.name in products:
-                matrix.module.forward = _forward(matrix.module, products[matrix.name])  # type: ignore[method-assign]
+                matrix.module.forward = _forward(matrix.module, products[matrix.name])
                 exchanged.append(matrix.module)
         yield
     finally:

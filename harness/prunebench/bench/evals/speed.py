@@ -182,7 +182,8 @@ def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken
     if taken.products:
         forms.append(lambda: (job.model, replaced(pruned, taken.products)))
     batches, prompt, written = (job.conditions[name] for name in ("batches", "prompt", "written"))
-    decoding, prefill = [], []
+    decoding: list[Row] = []
+    prefill: list[Row] = []
     for done, batch in enumerate(batches):
         job.progress("batch", done, len(batches))
         try:

@@ -28,6 +28,9 @@ from prunebench.toolkit.scores import at_least_float32
 from prunebench.toolkit.stream import Stream, evaluating
 from prunebench.toolkit.walk import Block
 
+MOST_KEPT = 8 << 30
+"""Bytes of inputs of blocks on a GPU: those of a 7B model would be 64 GiB, four times the rest of the work."""
+
 SMALL_GRAPH = 1 << 30
 """Bytes of a sample's graph through the whole model that are never too many."""
 
@@ -117,7 +120,7 @@ class _Samples(Stream):
 
 def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
     """All samples forward, and from the last block down all of them back."""
-    stream, kept = _Samples(job), list[torch.Tensor]()
+    stream, kept, place = _Samples(job), list[torch.Tensor](), torch.device("cpu")
     blocks = job.anatomy.blocks
     try:
         with single_precision(job.device):
@@ -127,7 +130,8 @@ def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]
                 try:
                     stream.expect(index + 1)
                     inputs = stream.inputs(index)
-                    kept.append(inputs.to(_resting_place(inputs.device, inputs.nbytes * (len(blocks) - index)), copy=True))
+                    place = place if index else _resting_place(inputs.device, inputs.nbytes * len(blocks))
+                    kept.append(inputs.to(place, copy=True))
                     with quick(handle.module):
                         stream.propagate(index)
                 finally:
@@ -146,9 +150,13 @@ def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]
 
 
 def _resting_place(device: torch.device, wanted: int) -> torch.device:
-    """Where inputs of blocks are kept: where they are, or on the host if they would fill half of what is free there."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2 * wanted
-    return device if wanted <= free // 2 else torch.device("cpu")
+    """Where inputs of all blocks are kept: where they are, or on the host if they would fill half of what is free there.
+
+    On a GPU also if they are more than `MOST_KEPT`, whatever is free.
+    """
+    if device.type != "cuda":
+        return device
+    return device if wanted <= min(torch.cuda.mem_get_info(device)[0] // 2, MOST_KEPT) else torch.device("cpu")
 
 
 def _at_the_top(job: Job, stream: Stream) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support import Bench, cases, make_job, tiny, tokens_of
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunebench.bench import runner
 from prunebench.bench.measure import free_bytes
@@ -70,6 +71,8 @@ def test_the_footprint_of_a_model_is_that_of_its_numbers() -> None:
     assert found.outside == embedding + 16 * 4  # and the final norm
     assert found.activations == 5 * 7 * 16 * 4
     assert found.block > 3 * (found.weights - found.outside) // 3
+    assert footprint(model, anatomy.blocks, 5, 7, 16, gradients=False).sequence < found.sequence / 2
+    assert found.blocks == tuple(sum(parameter.nbytes for parameter in block.module.parameters()) for block in anatomy.blocks)
     longer = footprint(model, anatomy.blocks, samples=5, length=14, hidden=16)
     assert longer.sequence == 2 * found.sequence
     assert footprint(model.double(), anatomy.blocks, 5, 7, 16).weights == 2 * found.weights
@@ -84,6 +87,35 @@ def test_activations_on_the_host_change_no_bit() -> None:
 def test_a_host_has_what_is_available_or_what_is_allowed() -> None:
     assert free_bytes(torch.device("cpu")) > 50 << 20
     assert free_bytes(torch.device("cpu"), limit=1.0) < 0
+
+
+LLAMA_2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+"""Of a model on the meta device: nothing is allocated."""
+
+
+@pytest.fixture(scope="module")
+def seven_billion() -> Callable[[bool], Footprint]:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B, **heads)).to(torch.bfloat16)
+    anatomy = find_anatomy(model)
+    return lambda gradients: footprint(model, anatomy.blocks, 128, 2048, 4096, gradients)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_seven_billion_weights_stay_on_a_large_device_with_the_whole_batch(
+    seven_billion: Callable[[bool], Footprint], gradients: bool
+) -> None:
+    assert arrange(seven_billion(gradients), 139 * GIB, ALL) == Arrangement(8, Resident)
+
+
+def test_seven_billion_weights_are_streamed_with_the_whole_batch_through_8_gib(
+    seven_billion: Callable[[bool], Footprint],
+) -> None:
+    found = seven_billion(False)
+    assert arrange(found, 8 * GIB, ALL) == Arrangement(8, Streaming)
+    taken = found.outside + max(found.blocks) + found.block + 8 * (found.sequence + found.passing)
+    assert 6.0 * GIB < taken < 7.2 * GIB
 
 
 # Runs

@@ -135,7 +135,8 @@ def _arranged(
     tokens = request.tokens.get("calibration")
     samples, length = (0, 0) if tokens is None else tokens.shape
     hidden = int(getattr(model.config.get_text_config(), "hidden_size", 0))
-    taken = footprint(model, anatomy.blocks, samples, length, hidden)
+    gradients = any(pruner.needs() & (Needs.GRADIENTS | Needs.TRAINING) for pruner in pruners)
+    taken = footprint(model, anatomy.blocks, samples, length, hidden, gradients)
     if is_virtual(model):
         taken = virtual_footprint(taken)
     trains = [pruner.name for pruner in pruners if pruner.needs() & Needs.TRAINING]  # whole models are trained on one device

@@ -41,9 +41,10 @@ def test_both_sides_make_the_same_masks(case: object) -> None:
     found = run.measure(case, 1, rate=lambda: 1e9)
     assert found.ratios[0] > 0
     assert found.floor_seconds > 0
+    assert found.baseline_mebibytes >= 0 <= found.our_mebibytes
 
 
-@pytest.mark.parametrize("name", ["wanda 0.5", "sparsegpt 2:4", "sweep 0.5"])
+@pytest.mark.parametrize("name", ["wanda 0.5", "sparsegpt 2:4", "gblm 0.5", "wanda++ 2:4", "sweep 0.5"])
 def test_other_masks_would_be_noticed(name: str) -> None:
     case = next(case for case in run.cases(TINY) if case.name == name)
     plain, ours = case.plain()(), case.ours()()
@@ -90,7 +91,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SPEED)!r}); import run; "
         "run.Shape.__init__.__defaults__ = (1, 32, 64, 2, 64, 2, 8); "
-        f"sys.argv = ['run', '--repeats', '2', '--only', 'wanda', '--json', {str(tmp_path / 'found.json')!r}]; run.main()"
+        f"sys.argv = ['run', '--repeats', '2', '--only', 'wanda ', '--json', {str(tmp_path / 'found.json')!r}]; run.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,9 @@ def gblm(model: Any, tokens: torch.Tensor, target: Target) -> dict[str, torch.Te
     return block_by_block(model, tokens, MeanSquares, prune)
 
 
-def wanda_plus_plus(model: Any, tokens: torch.Tensor, target: Target, seed: int = 0) -> dict[str, torch.Tensor]:
+def wanda_plus_plus(
+    model: Any, tokens: torch.Tensor, target: Target, drawn_samples: int = ROUND_SAMPLES, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Prune a LLaMA in place by regional gradients, training each block towards its dense outputs; the keep masks.
 
     The dense block's outputs are made anew for every sample of every round, as the public unofficial code does.
@@ -84,7 +86,7 @@ def wanda_plus_plus(model: Any, tokens: torch.Tensor, target: Target, seed: int 
         teacher = copy.deepcopy(block)
         optimizer = torch.optim.RMSprop([linear.weight for linear in linears.values()], lr=LEARNING_RATE)
         for _ in range(ROUNDS):
-            drawn = [hidden[i] for i in torch.randperm(len(hidden), generator=generator)[:ROUND_SAMPLES].tolist()]
+            drawn = [hidden[i] for i in torch.randperm(len(hidden), generator=generator)[:drawn_samples].tolist()]
             prune_regionally(block, linears, gradients, drawn, rotations, target)
             for sample in drawn:
                 with torch.no_grad():

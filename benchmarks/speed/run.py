@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import gc
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,10 @@ from prunebench.targets import NM, Target, parse_target
 from prunebench.testing import make_job
 from prunebench.toolkit.least_squares import InverseFactor, choose_groups, choose_slabs
 from prunebench.toolkit.least_squares import sweep as our_sweep
+from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.sparsegpt import SparseGpt
 from prunebench_pruners.wanda import Wanda
+from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 sys.path.insert(0, str(Path(__file__).parent))
 import baseline
@@ -79,9 +83,36 @@ class Shape:
     def wanda_operations(self) -> float:
         """Floating point operations of the products: each block dense, but for the last matrix, and all but one pruned."""
         tokens, last = self.samples * self.length, 2 * self.hidden * self.inner
+        return tokens * (self.layers * (self.block_operations() - last) + (self.layers - 1) * self.block_operations())
+
+    def block_operations(self) -> float:
+        """Of a token through a block."""
         attention = 2 * self.length * self.hidden  # scores and values, half of them behind the causal mask
-        block = attention + sum(2 * rows * columns for rows, columns in self.matrices())
-        return tokens * (self.layers * (block - last) + (self.layers - 1) * block)
+        return attention + sum(2 * rows * columns for rows, columns in self.matrices())
+
+    def gblm_operations(self) -> float:
+        """As Wanda, and each sample through all blocks and the head, and back to inputs and, in blocks, to weights."""
+        into_first, head = 3 * 2 * self.hidden**2, 2 * self.hidden * self.vocabulary
+        there_and_back = 3 * self.layers * self.block_operations() - into_first + 2 * head
+        return self.wanda_operations() + self.samples * self.length * there_and_back
+
+    def regional(self) -> Shape:
+        """What Wanda++ is timed on: it takes tens of times as long as Wanda."""
+        return replace(self, layers=max(1, self.layers // 2), samples=max(2, self.samples // 2))
+
+    @property
+    def drawn(self) -> int:
+        """Samples of a round of Wanda++: a quarter, as published."""
+        return max(1, self.samples // 4)
+
+    def wanda_plus_plus_operations(self) -> float:
+        """As Wanda, and in each block all samples and those of every round there and back, and norms for all rounds but one.
+
+        The first round's norms and all dense outputs can be seen in the pass that finds the gradients.
+        """
+        steps, there_and_back = baseline.ROUNDS * self.drawn, 3 * self.block_operations() - 3 * 2 * self.hidden**2
+        norms = (steps - self.drawn) * (self.block_operations() - 2 * self.hidden * self.inner)
+        return self.wanda_operations() + self.layers * self.length * ((self.samples + steps) * there_and_back + norms)
 
     def sparsegpt_operations(self) -> float:
         """As Wanda, and Gram matrices (a half of each), their factors (Cholesky and an inverse triangle), the sweep."""
@@ -120,6 +151,8 @@ class Found:
     our_seconds: list[float]
     floor_seconds: float
     differing: int
+    baseline_mebibytes: float
+    our_mebibytes: float
 
     @property
     def ratios(self) -> list[float]:
@@ -133,15 +166,18 @@ class Found:
         ratio = f"{middle:5.2f}x ({low:.2f} to {high:.2f})"
         return (
             f"{self.case:20} {plain:8.2f} s {ours:8.2f} s  {ratio:24} {self.aim:4.1f}x {ours / self.floor_seconds:8.1f}"
-            f" {self.differing:10}"
+            f" {self.differing:10} {self.baseline_mebibytes:8.0f} {self.our_mebibytes:8.0f} MiB"
         )
 
 
-HEADER = f"{'':20} {'baseline':>10} {'ours':>10}  {'ratio (quartiles)':24} {'aim':>5} {'/floor':>8} {'differing':>10}"
+HEADER = (
+    f"{'':20} {'baseline':>10} {'ours':>10}  {'ratio (quartiles)':24} {'aim':>5} {'/floor':>8} {'differing':>10}"
+    f" {'memory':>8} {'ours':>8}"
+)
 
 
 def cases(shape: Shape) -> list[Case]:
-    """Wanda, SparseGPT, and SparseGPT's sweep over the matrices of one block."""
+    """Wanda, SparseGPT, GBLM, Wanda++, and SparseGPT's sweep over the matrices of one block."""
     exact, nearly = (1e-4, 5e-3), (1e-2, 5e-2)
     aims = {"0.5": (2.0, exact, nearly), "2:4": (1.3, exact, exact)}
     found = []
@@ -151,6 +187,12 @@ def cases(shape: Shape) -> list[Case]:
         found.append(Case(f"wanda {text}", aim, shape.wanda_operations(), plain, ours, of_wanda))
         plain, ours = pruning(shape, baseline.sparsegpt, SparseGpt(), target)
         found.append(Case(f"sparsegpt {text}", 1.6, shape.sparsegpt_operations(), plain, ours, nearly))
+        plain, ours = pruning(shape, baseline.gblm, Gblm(), target)
+        found.append(Case(f"gblm {text}", 1.5, shape.gblm_operations(), plain, ours, nearly))
+        part = shape.regional()
+        by_rounds = partial(baseline.wanda_plus_plus, drawn_samples=part.drawn)
+        plain, ours = pruning(part, by_rounds, WandaPlusPlus(ro_samples=part.drawn), target)
+        found.append(Case(f"wanda++ {text}", 1.5, part.wanda_plus_plus_operations(), plain, ours, nearly))
         plain, ours = sweeping(shape, target)
         found.append(Case(f"sweep {text}", 8.0, shape.sweep_operations(), plain, ours, of_sparsegpt))
     return found
@@ -224,16 +266,37 @@ def differing(case: Case, plain: Masks, ours: Masks) -> int:
 def measure(case: Case, repeats: int, rate: Callable[[], float]) -> Found:
     """Time both sides in turn, so many times; the best rate found before any of them makes the floor."""
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    best = 0.0
+    memory = {"plain": 0.0, "ours": 0.0}
+    best, differ = 0.0, 0
     for repeat in range(repeats):
-        best = max(best, rate())
-        plain, plain_masks = timed(case.plain())
-        ours, our_masks = timed(case.ours())
+        best, masks = max(best, rate()), {}
+        for side, prepare in (("plain", case.plain), ("ours", case.ours)):
+            run, before = prepare(), resident_set_back()
+            taken, masks[side] = timed(run)
+            seconds[side].append(taken)
+            memory[side] = max(memory[side], resident("VmHWM") - before)
+            del run
         if not repeat:
-            differ = differing(case, plain_masks, our_masks)
-        seconds["plain"].append(plain)
-        seconds["ours"].append(ours)
-    return Found(case.name, case.aim, seconds["plain"], seconds["ours"], case.operations / best, differ)
+            differ = differing(case, masks["plain"], masks["ours"])
+    floor = case.operations / best
+    return Found(case.name, case.aim, seconds["plain"], seconds["ours"], floor, differ, memory["plain"], memory["ours"])
+
+
+def resident_set_back() -> float:
+    """Give free memory to the system and set the high-water mark back; what is resident then, MiB (nothing off Linux)."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(what: str) -> float:
+    """`VmRSS` now or its high-water mark `VmHWM`, MiB."""
+    if sys.platform != "linux":
+        return float("nan")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
 
 
 def timed(run: Callable[[], Masks]) -> tuple[float, Masks]:

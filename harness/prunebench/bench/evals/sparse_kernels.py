@@ -136,7 +136,7 @@ def kernels_for(pattern: str, device: torch.device, dtype: torch.dtype) -> Choic
         return Choice(there, "", details)
     told = set(missing.values())
     why = f": {told.pop()}" if len(told) == 1 else ""
-    return Choice((), f"no {pattern} kernel runs here{why}", details)
+    return Choice((), f"no kernel for {pattern} masks on this device{why}", details)
 
 
 def made(kernel: Kernel, weight: torch.Tensor) -> Product | str:

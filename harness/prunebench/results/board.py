@@ -134,7 +134,7 @@ class Board:
     @property
     def titles(self) -> list[str]:
         """Of all sections."""
-        return [section.title for section in (*self.sections, *self.costs)]
+        return [*(section.title for section in self.sections), *(section.title for section in self.costs)]
 
     def only(self, text: str) -> Board:
         """The board with those sections whose title contains `text`."""

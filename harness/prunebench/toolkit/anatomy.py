@@ -56,6 +56,13 @@ class KeepMasks(Mapping[str, torch.Tensor]):
         other._packed = dict(self._packed)
         return other
 
+    def beside(self, matrix: LinearMatrix) -> torch.Tensor | None:
+        """A matrix's mask where its weight is, unpacked there: an eighth of the bytes travel. None where it has no mask."""
+        if matrix.name not in self._packed:
+            return None
+        (packed, shape), device = self._packed[matrix.name], matrix.parameter.device
+        return unpack_bits(packed if device.type == "meta" else packed.to(device), shape)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return unpack_bits(*self._packed[name])
 
@@ -126,6 +133,8 @@ class LinearMatrix:
         self.keep(mask)
 
     def _check(self, mask: torch.Tensor) -> None:
+        if self.parameter.is_meta:
+            raise ContractError(f"{self.name} is not there: a matrix of a shape this large is changed inside the walk only.")
         if mask.dtype != torch.bool or tuple(mask.shape) != self.shape:
             kind = str(mask.dtype).removeprefix("torch.")
             raise ContractError(f"{self.name} takes a boolean mask of {list(self.shape)}, not {kind} of {list(mask.shape)}.")

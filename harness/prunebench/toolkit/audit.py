@@ -108,7 +108,7 @@ class Before:
         if matrix.name in self._copies:
             return self._copies[matrix.name].to(matrix.weight.device)
         weight = self._dense.weight(matrix)
-        mask = self.masks.get(matrix.name)
+        mask = self.masks.beside(matrix)
         return weight if mask is None else weight.masked_fill(~mask.to(weight.device), 0)
 
     def check_declared(self, changes: Changes) -> None:
@@ -137,9 +137,13 @@ class Before:
         """
         if changes & Changes.MASK_MOVES:
             return
-        for name, mask in self._anatomy.masks.items():
-            old = self.masks.get(name)
-            if old is None and not changes & Changes.MASK_GROWS and not bool(mask.all()):
+        for matrix in self._anatomy.matrices:
+            name, old = matrix.name, self.masks.beside(matrix)
+            if name not in self._anatomy.masks or (old is None and changes & Changes.MASK_GROWS):
+                continue
+            mask = self._anatomy.masks.beside(matrix)
+            assert mask is not None
+            if old is None and not bool(mask.all()):
                 raise ContractError(f"the step masked {name}, and does not declare to change masks.")
             if old is not None and bool((mask & ~old).any()):
                 raise ContractError(
@@ -159,7 +163,7 @@ class Before:
         if self._looks is not None:
             found = self._looks.differing(matrix)
         else:
-            mask, old = self._anatomy.masks.get(matrix.name), self.masks.get(matrix.name)
+            mask, old = self._anatomy.masks.beside(matrix), self.masks.beside(matrix)
             dense = self._dense.weight(matrix) if old is not None and changes & Changes.MASK_MOVES else None
             found = differing(matrix.weight, self.weight(matrix), mask, old, dense)
         if found:
@@ -225,7 +229,7 @@ def look_at(weight: torch.Tensor, mask: torch.Tensor | None) -> Look:
 
 
 def _examine(matrix: LinearMatrix, anatomy: ModelAnatomy, target: Target, group: str, looks: Looks | None) -> MatrixFinding:
-    mask = anatomy.masks.get(matrix.name)
+    mask = anatomy.masks.beside(matrix)
     found = look_at(matrix.weight, mask) if looks is None else looks.look(matrix)
     if found.not_finite:
         raise NonFiniteError(f"{matrix.name} holds {found.not_finite} entries that are NaN or infinite.")

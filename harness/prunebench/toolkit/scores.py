@@ -15,13 +15,13 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
     """`|W|`, [outputs, inputs]."""
     with phase("scoring"):
-        return at_least_float32(weight).abs()
+        return at_least_float32(weight.abs())
 
 
 def wanda_scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """`|W_ij| * ||X_j||_2` (Sun et al. 2023, section 3): weight [outputs, inputs], norms [inputs] of the input features."""
     with phase("scoring"):
-        return at_least_float32(weight).abs() * at_least_float32(norms)
+        return weight.abs() * at_least_float32(norms)  # of 16 bits, too, the product is in the norms' dtype
 
 
 def gradient_scores(weight: torch.Tensor, norms: torch.Tensor, gradients: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -34,5 +34,5 @@ def gradient_scores(weight: torch.Tensor, norms: torch.Tensor, gradients: torch.
         alpha: how much the gradients count; 0 is Wanda.
     """
     with phase("scoring"):
-        weight = at_least_float32(weight)
-        return weight.abs() * (at_least_float32(norms) + alpha * gradients.to(weight.device, weight.dtype))
+        dtype = at_least_float32(weight[:0]).dtype
+        return weight.abs() * (at_least_float32(norms) + alpha * gradients.to(weight.device, dtype))

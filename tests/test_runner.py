@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GptOssConfig, GptOssForCausalLM, PreTrai
 import prunebench
 from prunebench.bench import runner
 from prunebench.errors import NonFiniteError, Refused, RunError
-from prunebench.results.records import RunRecord
+from prunebench.results.records import SCHEMA, RunRecord
 from prunebench.spec import Changes, Eval, EvalFacts, EvalJob, Job, JobFacts, Needs, Pruner, Sample, Score, option
 from prunebench.targets import Unstructured
 from prunebench.toolkit import keep_mask, magnitude_scores, phase, walk
@@ -116,7 +116,7 @@ def run(bench: Bench, tmp_path: Path, register: Register, monkeypatch: pytest.Mo
 def test_a_good_run_fills_every_field(run: Watched, bench: Bench) -> None:
     record = run("wanda", seeds=[3], targets=["2:4"])
     assert (record.status, record.reason, record.failure) == ("ok", None, None)
-    assert (record.machine, record.schema_) == ("here", 4)
+    assert (record.machine, record.schema_) == ("here", SCHEMA)
     spec = record.spec
     assert (spec.model.name, spec.model.dtype, spec.model.source) == ("tiny", "float32", "local")
     assert (spec.method, spec.target, spec.seed) == ("wanda", "2:4", 3)

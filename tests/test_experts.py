@@ -27,11 +27,11 @@ from prunebench.testing import make_job, random_tokens, tiny_model
 from prunebench.toolkit import Gram, InputNorm, Retraining, keep_mask, walk, wanda_scores
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
+from prunebench.toolkit.arranging import footprint
 from prunebench.toolkit.audit import Finding, audit
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.experts import Experts, idle_weights, is_of_expert, names_in_files, take_apart, together
 from prunebench.toolkit.loading import ModelSource, load_model, quiet_transformers, shape_of
-from prunebench.toolkit.placement import footprint
 from prunebench.toolkit.stats import Statistic
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.lora import Lora

@@ -83,7 +83,8 @@ class Lodging:
         if not self._request.spec.steps:
             raise RequestError("what a model was before it was pruned is known in runs only: give the evaluation to a suite.")
         if self._dense is None:
-            dense = load_model(self._request.model, self._request.spec.model.dtype).eval()
+            place = "cpu" if self.placement is not None else self.device  # a shape is drawn there, of itself
+            dense = load_model(self._request.model, self._request.spec.model.dtype, place)
             if self.placement is not None:
                 place_model(dense, _blocks(dense), Streaming(self.device))
                 self._visit(_blocks(dense), self.placement)

@@ -95,7 +95,7 @@ class Passage:
         """The last block's outputs, [windows, window, hidden], where activations rest.
 
         Args:
-            at: what is open while the windows go through the block of this number.
+            at: what is open while the block of this number is brought and the windows go through it.
 
         Raises:
             Refused: the model's blocks cannot be run one by one; found before any was.
@@ -104,13 +104,13 @@ class Passage:
         blocks, job = self.anatomy.blocks, self._job
         stream = Stream(job)
         try:
+            with brought(job.placement, blocks[0].module):
+                stream.resting(0)  # before anything is opened: it runs the block on one sequence
             for index, handle in enumerate(blocks):
                 job.progress("block", index, len(blocks))
-                with brought(job.placement, handle.module):
+                with at(index), brought(job.placement, handle.module):
                     stream.expect(index + 1)
-                    stream.resting(index)
-                    with at(index):
-                        stream.propagate(index)
+                    stream.propagate(index)
         finally:
             job.placement.expect(None)
         job.progress("block", len(blocks), len(blocks))

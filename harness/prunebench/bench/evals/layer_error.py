@@ -93,10 +93,11 @@ def _comparing(dense: nn.Module, sums: torch.Tensor, placement: Placement | None
 
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         with nullcontext() if placement is None else brought(placement, dense):
-            expected = dense(inputs[0])
-        wrong = (output.float() - expected.float()).square().sum(dtype=torch.float64)
-        bias = getattr(dense, "bias", None)
-        whole = (expected.float() if bias is None else expected.float() - bias.float()).square().sum(dtype=torch.float64)
-        sums.add_(torch.stack([wrong, whole]))
+            there = next(dense.parameters()).device  # of several, the pruned matrix may be on another
+            expected, output = dense(inputs[0].to(there)), output.to(there)
+            wrong = (output.float() - expected.float()).square().sum(dtype=torch.float64)
+            bias = getattr(dense, "bias", None)
+            whole = (expected.float() if bias is None else expected.float() - bias.float()).square().sum(dtype=torch.float64)
+        sums.add_(torch.stack([wrong, whole]).to(sums.device))
 
     return hook

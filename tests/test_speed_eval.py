@@ -20,6 +20,7 @@ from prunebench.bench.evals import speed as speed_module
 from prunebench.bench.evals.layer_speed import points
 from prunebench.bench.evals.sparse_kernels import KERNELS, Kernel, Product, dense_product, pattern_of, replaced
 from prunebench.bench.evals.speed import Speed
+from prunebench.bench.lodging import NoRoomError
 from prunebench.errors import DataError, OptionError, RequestError
 from prunebench.results.board import build_board
 from prunebench.results.leaderboard import to_markdown
@@ -247,8 +248,27 @@ def test_a_model_that_was_not_pruned_here_is_compared_with_itself(table: list[Ke
     def too_large() -> PreTrainedModel:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    job.dense = too_large
-    assert "no memory for the dense model" in rows_of(SMALL.measure(job))[0]["note"]
+    def no_room() -> PreTrainedModel:
+        raise NoRoomError
+
+    for job.dense in (too_large, no_room):
+        assert "no memory for the dense model" in rows_of(SMALL.measure(job))[0]["note"]
+
+
+def test_compressed_weights_for_which_there_is_no_memory_are_told(table: list[Kernel]) -> None:
+    fake, asked = Fake(), [0]
+
+    def make(weight: torch.Tensor) -> Product:
+        asked[0] += 1
+        if asked[0] > 20:  # four are made to be timed
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return fake.make(weight)
+
+    table.append(Kernel("fake", frozenset({"2:4"}), lambda device, dtype: "", make))
+    score = measure(pruned(tiny(), NM(2, 4)), tiny())
+    assert (score.value, score.reason) == (None, "out of memory")
+    assert len(rows_of(score)) == 4 + 4 * 4
+    assert score.parts["decode, batch 1: dense tokens/s"] > 0
 
 
 def test_a_model_that_is_not_whole_is_not_timed() -> None:

@@ -28,18 +28,20 @@ import transformers
 from transformers import PreTrainedModel
 
 from prunebench.bench.evals.clocks import device_state, power_limit
-from prunebench.bench.evals.layer_speed import Row, columns, points, time_layers
+from prunebench.bench.evals.layer_speed import Row, Shape, columns, points, time_layers
 from prunebench.bench.evals.serving import Form, random_prompts, serve_alike
 from prunebench.bench.evals.sparse_kernels import (
     DENSE,
     KERNELS,
     Choice,
+    Kernel,
     Product,
     kernels_for,
     made,
     pattern_of,
     replaced,
 )
+from prunebench.bench.lodging import NoRoomError
 from prunebench.bench.machine import device_name, driver_version
 from prunebench.errors import DataError, OptionError, RequestError
 from prunebench.handles import Matrix
@@ -122,14 +124,13 @@ class Speed(Eval):
             return [], Taken()
         weights = {matrix.name: matrix.weight for matrix in find_anatomy(dense).matrices}
         found = time_layers(pruned, weights, choice.kernels, points(self.batches, job.conditions["prompt"]), job.progress)
-        taken = Taken()
-        for matrix in pruned:
-            kernel = found.best.get(matrix.shape)
-            product = made(kernel, matrix.weight) if kernel else ""
-            if kernel and not isinstance(product, str):
-                taken.products[matrix.name] = product
-                taken.by[kernel.name] += 1
-        return found.rows, taken
+        try:
+            return found.rows, _taken(pruned, found.best)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        let_go()
+        return found.rows, Taken(no_room=True)
 
 
 @dataclass
@@ -141,9 +142,24 @@ class Taken:
     by: Counter[str] = field(default_factory=Counter)
     """How many each kernel takes."""
 
+    no_room: bool = False
+    """There is no memory for their compressed weights beside the models."""
+
     def label(self, of: int) -> str:
         """Which kernels take how many, of so many that are pruned."""
         return f"{' + '.join(f'{kernel} {count}' for kernel, count in self.by.items())} of {of}" if self.by else ""
+
+
+def _taken(pruned: Sequence[Matrix], best: Mapping[Shape, Kernel]) -> Taken:
+    """Every pruned matrix by its shape's kernel, where that takes it."""
+    taken = Taken()
+    for matrix in pruned:
+        kernel = best.get(matrix.shape)
+        product = made(kernel, matrix.weight) if kernel else ""
+        if kernel and not isinstance(product, str):
+            taken.products[matrix.name] = product
+            taken.by[kernel.name] += 1
+    return taken
 
 
 def _dense(job: EvalJob) -> tuple[PreTrainedModel, str]:
@@ -152,8 +168,8 @@ def _dense(job: EvalJob) -> tuple[PreTrainedModel, str]:
         return job.dense(), ""
     except RequestError:  # it was not pruned here
         remark = "compared with its own weights, their zeros stored"
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (NoRoomError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, NoRoomError) and not is_out_of_memory(error):
             raise
         remark = "compared with its own weights, their zeros stored: there is no memory for the dense model beside it"
     let_go()
@@ -172,7 +188,9 @@ def _why_none(whole: Sequence[Row], pruned: Sequence[Matrix], taken: Taken) -> s
     """Why there is no value although kernels run here; empty where there is one."""
     if not pruned:
         return ""
-    return "no kernel takes these shapes" if not taken.products else OUT_OF_MEMORY if not whole[0].sparse_ms else ""
+    if taken.no_room or (taken.products and not whole[0].sparse_ms):
+        return OUT_OF_MEMORY
+    return "" if taken.products else "no kernel takes these shapes"
 
 
 def _whole(job: EvalJob, dense: PreTrainedModel, pruned: Sequence[Matrix], taken: Taken) -> list[Row]:

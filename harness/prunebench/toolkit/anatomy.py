@@ -56,11 +56,14 @@ class KeepMasks(Mapping[str, torch.Tensor]):
         other._packed = dict(self._packed)
         return other
 
-    def beside(self, matrix: LinearMatrix) -> torch.Tensor | None:
-        """A matrix's mask where its weight is, unpacked there: an eighth of the bytes travel. None where it has no mask."""
+    def beside(self, matrix: LinearMatrix, place: torch.device | None = None) -> torch.Tensor | None:
+        """A matrix's mask where its weight is, or where asked for, unpacked there: an eighth of the bytes travel.
+
+        None where it has no mask.
+        """
         if matrix.name not in self._packed:
             return None
-        (packed, shape), device = self._packed[matrix.name], matrix.parameter.device
+        (packed, shape), device = self._packed[matrix.name], place or matrix.parameter.device
         return unpack_bits(packed if device.type == "meta" else packed.to(device), shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:

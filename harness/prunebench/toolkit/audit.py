@@ -39,6 +39,10 @@ class Look:
 class Looks(Protocol):
     """What was seen of weights that are not there any more."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it was seen."""
+
     def look(self, matrix: LinearMatrix) -> Look:
         """At a matrix, when its block was left last."""
 
@@ -137,11 +141,12 @@ class Before:
         """
         if changes & Changes.MASK_MOVES:
             return
+        place = self._looks.device if self._looks else None
         for matrix in self._anatomy.matrices:
-            name, old = matrix.name, self.masks.beside(matrix)
+            name, old = matrix.name, self.masks.beside(matrix, place)
             if name not in self._anatomy.masks or (old is None and changes & Changes.MASK_GROWS):
                 continue
-            mask = self._anatomy.masks.beside(matrix)
+            mask = self._anatomy.masks.beside(matrix, place)
             assert mask is not None
             if old is None and not bool(mask.all()):
                 raise ContractError(f"the step masked {name}, and does not declare to change masks.")
@@ -229,7 +234,7 @@ def look_at(weight: torch.Tensor, mask: torch.Tensor | None) -> Look:
 
 
 def _examine(matrix: LinearMatrix, anatomy: ModelAnatomy, target: Target, group: str, looks: Looks | None) -> MatrixFinding:
-    mask = anatomy.masks.beside(matrix)
+    mask = anatomy.masks.beside(matrix, looks.device if looks else None)
     found = look_at(matrix.weight, mask) if looks is None else looks.look(matrix)
     if found.not_finite:
         raise NonFiniteError(f"{matrix.name} holds {found.not_finite} entries that are NaN or infinite.")
@@ -239,7 +244,7 @@ def _examine(matrix: LinearMatrix, anatomy: ModelAnatomy, target: Target, group:
         return MatrixFinding(matrix.name, matrix.shape, 0, found.zeros, found.zeros)
     if found.left:
         raise AuditError(f"{found.left} entries of {matrix.name} that its mask removes are not zero in the weights.")
-    gone = ~(mask if looks else mask.to(matrix.weight.device))
+    gone = ~mask
     removed = int(gone.sum())
     _check_counts(matrix, gone, removed, target, group)
     return MatrixFinding(matrix.name, matrix.shape, removed, found.zeros, found.zeros - removed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from prunebench.errors import Refused, RequestError
 from prunebench.spec import Changes, Pruner
-from prunebench.toolkit.anatomy import DecoderBlock, LinearMatrix, ModelAnatomy, find_anatomy
+from prunebench.toolkit.anatomy import DecoderBlock, KeepMasks, LinearMatrix, ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Look, bits, differing, look_at
 from prunebench.toolkit.phases import uncounted
 from prunebench.toolkit.placement import HostActivations, Resident
@@ -92,7 +92,7 @@ class Drawing(Resident):
         self._owners = {matrix.name: block for block in anatomy.blocks for matrix in block.matrices}
         self._there: dict[str, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         """What rests on the meta device of the blocks that are here, by the block's name."""
-        self._earlier: Mapping[str, torch.Tensor] = {}
+        self._earlier = KeepMasks()
         self._looks: dict[str, tuple[Look, int]] = {}
         self._changed: set[str] = set()
         self._altered: set[str] = set()
@@ -123,8 +123,8 @@ class Drawing(Resident):
             for name, owner, key, resting in self._there[block.name]:
                 owner._parameters[key] = nn.Parameter(self._weights.make(name, resting), resting.requires_grad)
             for matrix in block.matrices:
-                if (mask := self._anatomy.masks.get(matrix.name)) is not None:
-                    matrix.weight.masked_fill_(~mask.to(self.device), 0)
+                if (mask := self._anatomy.masks.beside(matrix)) is not None:
+                    matrix.weight.masked_fill_(~mask, 0)
 
     def release(self, module: nn.Module) -> None:
         """Look at a block and drop it; where an exception is on its way, only drop it."""
@@ -168,8 +168,8 @@ class Drawing(Resident):
                 self._altered.add(block.name)
 
     def _look_at_matrix(self, block: DecoderBlock, matrix: LinearMatrix, drawn: torch.Tensor) -> None:
-        mask, old, dense = self._anatomy.masks.get(matrix.name), self._earlier.get(matrix.name), matrix.oriented(drawn)
-        was = dense if old is None else dense.masked_fill(~old.to(dense.device), 0)
+        mask, old, dense = self._anatomy.masks.beside(matrix), self._earlier.beside(matrix), matrix.oriented(drawn)
+        was = dense if old is None else dense.masked_fill(~old, 0)
         found = differing(matrix.weight, was, mask, old, dense)
         self._looks[matrix.name] = look_at(matrix.weight, mask), found
         if found:

@@ -18,6 +18,7 @@ from support import (
     halve,
     make_job,
     same_bits,
+    tiny,
     tokens_of,
     traces,
 )
@@ -325,3 +326,23 @@ def test_what_the_model_does_after_its_last_block_is_its_own_affair(batch_size: 
     wanted = plain_inputs(model, tokens)
     for block in walk(make_job(model, tokens, batch_size=batch_size)):
         torch.testing.assert_close(torch.cat(list(block.batches())), wanted[block.index], **EXACT)
+
+
+def test_what_all_blocks_are_given_is_compared_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comparison has the host wait for a device."""
+
+    def compared(depth: int) -> int:
+        count = 0
+
+        def counting(one: torch.Tensor, other: torch.Tensor) -> bool:
+            nonlocal count
+            count += 1
+            return equal(one, other)
+
+        monkeypatch.setattr(torch, "equal", counting)
+        block = next(iter(walk(make_job(tiny(num_hidden_layers=depth), tokens_of(6)))))
+        list(block.batches())
+        return count
+
+    equal = torch.equal
+    assert 0 < compared(3) == compared(6)

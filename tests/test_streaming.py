@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -397,7 +398,43 @@ def test_a_placed_model_has_its_blocks_on_the_host_and_is_otherwise_the_same() -
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-# On a GPU
+# On a GPU, and as far as it goes without one
+
+
+def test_a_lane_of_a_gpu_comes_behind_the_work_before_it_and_work_behind_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class FakeStream:
+        def __init__(self, device: Any = "work") -> None:
+            self.name = str(device)
+
+        def wait_stream(self, other: FakeStream) -> None:
+            done.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event: FakeEvent) -> None:
+            done.append((self.name, "waits for", event.of))
+
+    class FakeEvent:
+        of = ""
+
+        def record(self, stream: FakeStream) -> None:
+            self.of = f"copies of {stream.name}"
+
+        def synchronize(self) -> None:
+            done.append(("host", "waits for", self.of))
+
+    device, work = torch.device("cuda:1"), FakeStream()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    source, target = torch.arange(3.0), torch.zeros(3)
+    ticket = CudaLane(device).copy([(source, target)])
+    assert torch.equal(source, target)
+    ticket.wait()
+    ticket.finish()
+    copies = "copies of cuda:1"
+    assert done == [("cuda:1", "waits for", "work"), ("work", "waits for", copies), ("host", "waits for", copies)]
 
 
 SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_hidden_layers": 4}

@@ -8,6 +8,7 @@ tensors grow with the batch is seen by giving the model one sequence, and the sa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,13 +48,8 @@ class BlockCall:
             return tensor if device is None or tensor.device != self.device else tensor.to(device)
 
         def fit(value: Any) -> Any:
-            if isinstance(value, _PerSequence):
-                part = there(value.part)
-                parts, *rest = part.shape
-                # A view wherever it can be one: an attention mask of a whole batch may be a gigabyte.
-                value = part.expand(batch, *rest) if parts == 1 else torch.cat([part] * batch)
-            elif isinstance(value, torch.Tensor):
-                value = there(value)
+            if isinstance(value, _PerSequence | torch.Tensor):
+                value = _whole(value, batch, there)
             follows = dtype != self.dtype and isinstance(value, torch.Tensor) and value.is_floating_point()
             return value.to(dtype) if follows else value
 
@@ -65,6 +61,18 @@ class _PerSequence:
     """A tensor whose first dimension grows with the batch: what one sequence adds to it."""
 
     part: torch.Tensor
+
+
+def _whole(
+    kept: _PerSequence | torch.Tensor, batch: int, there: Callable[[torch.Tensor], torch.Tensor] = lambda part: part
+) -> torch.Tensor:
+    """A tensor for so many sequences, of what was kept of it; `there` may move that."""
+    if isinstance(kept, torch.Tensor):
+        return there(kept)
+    part = there(kept.part)
+    parts, *rest = part.shape
+    # A view wherever it can be one: an attention mask of a whole batch may be a gigabyte.
+    return part.expand(batch, *rest) if parts == 1 else torch.cat([part] * batch)
 
 
 def unpack(output: Any) -> torch.Tensor:
@@ -150,9 +158,11 @@ class _Recording:
         self._runs = 0
         self._first: torch.Tensor | None = None
         self._handed: tuple[torch.Tensor, int] | None = None
+        self._compared: deque[tuple[torch.Tensor, torch.Tensor, int]] = deque(maxlen=8)
 
     def start_batch(self, size: int) -> None:
         self._batch, self._visited, self._first, self._handed = size, 0, None, None
+        self._compared.clear()
         self._runs += 1
 
     def end_batch(self) -> torch.Tensor:
@@ -174,12 +184,23 @@ class _Recording:
             kept = self.calls[index]
             marked = _marked(kept.args, args), _marked(kept.kwargs, kwargs)
             self.calls[index] = BlockCall(*marked, kept.dtype, kept.tail, kept.device)
-        if not _same(self.calls[index].sized(self._batch, hidden.dtype), (args, kwargs)):
+        if not _same((self.calls[index].args, self.calls[index].kwargs), (args, kwargs), self._equal):
             raise Refused(f"{self._family} gives its blocks arguments that depend on the tokens, which cannot be replayed.")
         self._visited += 1
         if index == 0:
             self._first = hidden.clone()  # after the last block the model may write into it
         self._handed = (hidden, _writes(hidden))
+
+    def _equal(self, kept: _PerSequence | torch.Tensor, given: torch.Tensor) -> bool:
+        """Whether a tensor is for the batch what was kept of it; the host waits, so what all blocks share is compared once."""
+        part, writes = (kept.part if isinstance(kept, _PerSequence) else kept), _writes(given)
+        if any(part is one and given is other and writes == then for one, other, then in self._compared):
+            return True
+        whole = _whole(kept, self._batch)
+        if whole.dtype != given.dtype or not torch.equal(whole, given):
+            return False
+        self._compared.append((part, given, writes))
+        return True
 
     def forward(self, index: int, own: Callable[..., Any]) -> Callable[..., Any]:
         """What block `index` does instead of its own forward."""
@@ -244,11 +265,11 @@ def _marked(one: Any, two: Any) -> Any:
     return one
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+def _same(one: Any, other: Any, equal: Callable[[Any, torch.Tensor], bool]) -> bool:
+    if isinstance(one, torch.Tensor | _PerSequence) and isinstance(other, torch.Tensor):
+        return equal(one, other)
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(_same(part, given, equal) for part, given in zip(one, other, strict=True))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(_same(one[name], other[name], equal) for name in one)
     return type(one) is type(other) and (not isinstance(one, int | float | str) or one == other)

@@ -18,6 +18,7 @@ from prunebench.options import build, parse_step
 from prunebench.spec import Changes, Job, Needs
 from prunebench.targets import NM, Dense, Target, Unstructured
 from prunebench.toolkit import InputNorm, keep_mask, walk
+from prunebench.toolkit.regional import RmsProp
 from prunebench_pruners.wanda import Wanda
 from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
@@ -397,3 +398,21 @@ def test_what_is_declared(options: dict[str, Any], needs: Needs, changes: Change
     pruner = WandaPlusPlus(**options)
     assert pruner.needs() == Needs.WEIGHTS | Needs.CALIBRATION | needs
     assert pruner.changes() == Changes.MASK_GROWS | changes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(24, 16), (300, 300)])
+def test_steps_are_those_of_torch_bit_for_bit(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = [
+        torch.randn(shape, generator=generator, dtype=dtype),
+        torch.randn(shape[::-1], generator=generator, dtype=dtype).t(),
+    ]
+    ours, theirs = [value.clone() for value in values], [value.clone() for value in values]
+    mine, reference = RmsProp(ours, 0.01), torch.optim.RMSprop(theirs, lr=0.01)
+    for _ in range(4):
+        for index, value in enumerate(theirs):
+            value.grad = torch.randn(value.shape, generator=generator, dtype=dtype)
+            mine.step(index, value.grad)
+        reference.step()
+    assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -19,7 +19,8 @@ from prunebench.spec import Job
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.precision import single_precision
-from prunebench.toolkit.products import only_these, quick
+from prunebench.toolkit.products import quick
+from prunebench.toolkit.sample_gradients import OnTheWay
 from prunebench.toolkit.walk import Block, Replica
 
 SMOOTHING, EPSILON = 0.99, 1e-8
@@ -90,6 +91,7 @@ class Student:
         self._gone = {matrix: matrix.oriented(mask).to(replica.parameter(matrix).device) for matrix, mask in gone.items()}
         """Removed by an earlier step: these do not train."""
         self._optimizer = RmsProp(list(self._values.values()), learning_rate)  # its means are kept to the end
+        self._steps = OnTheWay(list(self._shown.values()), self._step)
 
     def weight(self, matrix: Matrix) -> torch.Tensor:
         """A matrix's weight [outputs, inputs] as it has become, of removed entries too."""
@@ -113,15 +115,21 @@ class Student:
         """
         with phase("training"), single_precision(self.replica.device):
             for hidden, target in self._pairs(samples):
-                with only_these(self.replica.module, self._shown.values()), quick(self.replica.module), torch.enable_grad():
+                with self._steps.taking(self.replica.module):
                     output = self.replica.forward(hidden)
-                distance = (output.detach() - target).mul_(2)  # the gradient of the sum of squares
-                found = torch.autograd.grad(output, list(self._shown.values()), distance, materialize_grads=True)
-                for index, (matrix, gradient) in enumerate(zip(self._shown, found, strict=True)):
-                    known = gradient.masked_fill_(self._gone[matrix], 0) if matrix in self._gone else gradient
-                    self._optimizer.step(index, known)
+                    distance = (output.detach() - target).mul_(2)  # the gradient of the sum of squares
+                    self._steps.backward(1, output, distance)
+                for index in self._steps.missed:  # as an expert to which no token went
+                    self._step(index, torch.zeros_like(self._values[self._block.matrices[index]]))
                 if self._latent:
                     self._show()
+
+    def _step(self, index: int, gradient: torch.Tensor) -> None:
+        """Move a matrix as soon as its gradient is known; the way back needs it no more."""
+        matrix = self._block.matrices[index]
+        if matrix in self._gone:
+            gradient.masked_fill_(self._gone[matrix], 0)
+        self._optimizer.step(index, gradient)
 
     def error(self, samples: Sequence[int], weights: Mapping[Matrix, torch.Tensor]) -> torch.Tensor:
         """Mean squared distance to the dense outputs on some samples with other weights [outputs, inputs]; a scalar.

@@ -7,7 +7,7 @@ gradients of one matrix and one sample are all that is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -28,13 +28,14 @@ def together(device: torch.device, batch_size: int, length: int) -> int:
     return 1 if device.type == "cpu" else max(1, min(batch_size, TOGETHER // length))
 
 
-class SampleGradients:
-    """Gradients reduced over samples as these come: totals of magnitudes for l1, of squares otherwise."""
+class OnTheWay:
+    """Gives each matrix's gradient of each sample to somebody as soon as the way back has made it."""
 
-    def __init__(self, weights: Sequence[nn.Parameter], reduce: Reduce) -> None:
-        """For these parameters, each in its stored orientation."""
-        self.totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
-        self._weights, self._reduce = list(weights), reduce
+    def __init__(self, weights: Sequence[nn.Parameter], give: Callable[[int, torch.Tensor], None]) -> None:
+        """For these parameters; `give` gets the number of one and its gradient, in its stored orientation, to use up."""
+        self.missed: list[int] = []
+        """Parameters that the last way back did not come to: their gradients are zero."""
+        self._weights, self._give = list(weights), give
         self._index = {id(weight): index for index, weight in enumerate(weights)}
         self._calls = [0] * len(weights)
         self._waiting: list[list[tuple[torch.Tensor, torch.Tensor, bool]]] = [[] for _ in weights]
@@ -83,18 +84,12 @@ class SampleGradients:
         if self._samples and self._apart and not apart:
             raise RuntimeError("the block works on this sample in another way than on the first; they cannot be taken apart.")
         self._apart = apart
+        self.missed = [index for index, calls in enumerate(self._calls) if not calls and found[index] is None]
         for index, gradient in enumerate(found):
             if gradient is not None or self._waiting[index]:
-                self._fold(index, gradient)
+                self._hand_on(index, gradient)
         self._calls, self._samples = [0] * len(self._weights), self._samples + samples
         return below
-
-    def reduced(self) -> list[torch.Tensor]:
-        """The totals, brought to the scale of the reduction in place; nothing can be folded in afterwards."""
-        samples = max(1, self._samples)
-        if self._reduce == "rms":
-            self.totals = [total.div_(samples) for total in self.totals]
-        return self.totals if self._reduce == "l1" else [total.sqrt_() for total in self.totals]
 
     def called(self, weight: torch.Tensor, inputs: torch.Tensor) -> None:
         """A product that `take` is going to see."""
@@ -104,7 +99,7 @@ class SampleGradients:
             self._apart &= inputs.ndim > 2  # without a dimension of samples, tokens may be in any order
 
     def take(self, weight: torch.Tensor, inputs: torch.Tensor, gradients: torch.Tensor, transposed: bool) -> None:
-        """Fold what a product gives; of a matrix that was called several times, when all of them are here.
+        """Hand on what a product gives; of a matrix that was called several times, when all of them are here.
 
         Of the first sample all wait to the end: only then is it known whether autograd finds something beside them.
         """
@@ -113,9 +108,9 @@ class SampleGradients:
             return
         self._waiting[index].append((inputs.detach(), gradients, transposed))
         if self._samples and self._apart and len(self._waiting[index]) == self._calls[index]:
-            self._fold(index, None)
+            self._hand_on(index, None)
 
-    def _fold(self, index: int, beside: torch.Tensor | None) -> None:
+    def _hand_on(self, index: int, beside: torch.Tensor | None) -> None:
         """Take in all samples of what waits for a matrix, and of a single sample what autograd found beside it."""
         waiting, self._waiting[index] = self._waiting[index], []
         for sample in range(len(waiting[0][0]) if self._apart and waiting else 1):
@@ -125,12 +120,27 @@ class SampleGradients:
                 own = weight_gradient(*parts, transposed)
                 gradient = own if gradient is None else own.add_(gradient)
             assert gradient is not None
-            fold(self.totals[index], gradient, self._reduce)
+            self._give(index, gradient)
 
 
-def fold(total: torch.Tensor, gradient: torch.Tensor, reduce: Reduce) -> None:
-    """Add one sample's gradient, which is used up, to a total: magnitudes for l1, squares otherwise."""
-    if reduce == "l1":
-        total.add_(gradient.abs_())
-    else:
-        total.addcmul_(gradient, gradient)
+class SampleGradients(OnTheWay):
+    """Gradients reduced over samples as these come: totals of magnitudes for l1, of squares otherwise."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], reduce: Reduce) -> None:
+        """For these parameters, each in its stored orientation."""
+        super().__init__(weights, self._fold)
+        self.totals = [torch.zeros_like(weight, requires_grad=False) for weight in weights]
+        self._reduce = reduce
+
+    def reduced(self) -> list[torch.Tensor]:
+        """The totals, brought to the scale of the reduction in place; nothing can be folded in afterwards."""
+        samples = max(1, self._samples)
+        if self._reduce == "rms":
+            self.totals = [total.div_(samples) for total in self.totals]
+        return self.totals if self._reduce == "l1" else [total.sqrt_() for total in self.totals]
+
+    def _fold(self, index: int, gradient: torch.Tensor) -> None:
+        if self._reduce == "l1":
+            self.totals[index].add_(gradient.abs_())
+        else:
+            self.totals[index].addcmul_(gradient, gradient)

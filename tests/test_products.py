@@ -1,0 +1,78 @@
+"""Products on oneDNN's kernels are those of MKL's but for the last bits, and which are used is the processor's matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from prunebench.toolkit import products
+from prunebench.toolkit.products import quick, weight_gradient
+
+WIDE = 256
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(WIDE, WIDE), Conv1D(WIDE, WIDE)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(hidden)))
+
+
+def everything(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """The output of a pair of layers, with all gradients; 64 tokens make products just large enough."""
+    pair = Pair().to(dtype)
+    hidden = torch.randn(2, 32, WIDE, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    with quick(pair):
+        output = pair(hidden)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), [hidden, *pair.parameters()])]
+
+
+@needs_onednn
+@pytest.mark.parametrize("there", [True, False])
+def test_last_bits_alone_differ(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: there)
+    called, original = [], products._onednn
+    monkeypatch.setattr(products, "_onednn", lambda *args: called.append(args) or original(*args))
+    for found, exact in zip(everything(), everything(torch.float64), strict=True):
+        assert float((found - exact).norm() / exact.norm()) < 1e-6
+    assert len(called) == (6 if there else 0), "forward, to inputs, to weights; nothing of the float64 ones"
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_gradients(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    inputs, gradients = torch.randn(96, WIDE), torch.randn(96, 2 * WIDE)
+    wanted = gradients.double().t() @ inputs.double()
+    found = weight_gradient(inputs.view(2, 48, WIDE), gradients.view(2, 48, -1), transposed)
+    torch.testing.assert_close(found, (wanted.t() if transposed else wanted).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "wanted"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_the_processor_decides(maker: str, capability: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert products._onednn_is_faster.__wrapped__() == (wanted and there)
+
+
+def test_small_products_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: 1 / 0)
+    layer, hidden = nn.Linear(16, 24), torch.randn(2, 7, 16)
+    with quick(layer), torch.no_grad():
+        assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight, layer.bias))

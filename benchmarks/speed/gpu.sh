@@ -129,7 +129,7 @@ stage_70b() { sweep "$RESULTS" speed-70b wanda sparsegpt; }
 # A real model with its texts, which travel with the repository; the wiki7m suite too where its data sets were carried.
 stage_quality() {
   local only=()
-  [ -n "$SHAPE" ] && only=(--only magnitude)
+  [ -n "$SHAPE" ] && only=(--method magnitude --only 0.5)
   local ended=0
   prunebench run quickstart "${only[@]}" --results "$RESULTS" --device "$DEVICE" || ended=$?
   if [ -z "$SHAPE" ] && [ -d .gpu/data ]; then

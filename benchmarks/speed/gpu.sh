@@ -14,7 +14,7 @@ set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
 SELF=benchmarks/speed/gpu.sh
 
-STAGES=(environment tests kernels 7b-oneshot 7b-gradients served 7b-perp 7b-streaming quality 30b 70b profile)
+STAGES=(environment tests kernels 7b-oneshot 7b-gradients served 7b-streaming 30b 70b 7b-perp quality profile)
 STATE=${STATE:-/tmp/prunebench-gpu}
 OUT=${OUT:-$STATE/out}
 PYTHON=${PYTHON:-python3}
@@ -109,7 +109,7 @@ stage_tests() {
 stage_kernels() {
   local more=()
   [ -n "$SHAPE" ] && more=(--shape "$SHAPE")
-  "$PYTHON" benchmarks/speed/gpu_kernels.py --device "$DEVICE" "${more[@]}"
+  "$PYTHON" benchmarks/speed/gpu_kernels.py --device "$DEVICE" --json "$STATE/logs/kernels.json" "${more[@]}"
 }
 
 stage_7b-oneshot() { sweep "$RESULTS" speed-7b random magnitude wanda sparsegpt; }

@@ -20,7 +20,8 @@ from typing import ClassVar, Literal
 
 from prunebench.effort import TO_INPUTS, Effort, EffortFacts, gradient_effort, pruning_effort, walking_effort
 from prunebench.spec import Claims, Job, Needs, Pruner, option
-from prunebench.toolkit import InputNorm, gradient_scores, keep_mask, loss_gradients, walk
+from prunebench.toolkit import InputNorm, loss_gradients, walk
+from prunebench.toolkit.masks import keep_by_norms
 
 
 @dataclass
@@ -61,5 +62,5 @@ class Gblm(Pruner):
         for block in walk(job):
             norms = block.collect(InputNorm)
             for matrix in block.matrices:
-                scores = gradient_scores(matrix.weight, norms[matrix], gradients[matrix.name], self.alpha)
-                matrix.keep(keep_mask(scores, job.target, group="row"))
+                gradient = gradients[matrix.name]
+                matrix.keep(keep_by_norms(matrix.weight, norms[matrix], job.target, gradient, self.alpha))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunebench.spec import Claims, Job, Needs, Pruner
-from prunebench.toolkit import InputNorm, keep_mask, walk, wanda_scores
+from prunebench.toolkit import InputNorm, walk
+from prunebench.toolkit.masks import keep_by_norms
 
 
 @dataclass
@@ -36,4 +37,4 @@ class Wanda(Pruner):
         for block in walk(job):
             norms = block.collect(InputNorm)
             for matrix in block.matrices:
-                matrix.keep(keep_mask(wanda_scores(matrix.weight, norms[matrix]), job.target, group="row"))
+                matrix.keep(keep_by_norms(matrix.weight, norms[matrix], job.target))

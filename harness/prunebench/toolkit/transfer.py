@@ -53,7 +53,7 @@ class CudaLane:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, pairs: Pairs) -> Ticket:
         """Two calls of the runtime, and one a pair."""
@@ -86,7 +86,7 @@ class _CudaTicket:
         self._held = ()
 
     def finish(self) -> None:
-        self._event.synchronize()  # type: ignore[no-untyped-call]
+        self._event.synchronize()
         self._held = ()
 
 

@@ -51,16 +51,19 @@ def launched(work: Work, device: torch.device, launch: Launch) -> Work:
     if launch == "eager":
         return work
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
+    own = torch.cuda.current_stream(device)
+    stream.wait_stream(own)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):  # libraries choose their algorithms and take their workspace before anything is recorded
             work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    own.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             work()
     except RuntimeError as error:
+        torch.cuda.set_stream(own)  # `graph` does not go back to it where the end of the recording fails too
+        torch.cuda.synchronize(device)
         if is_out_of_memory(error):
             raise
         raise CannotRecord(str(error).partition("\n")[0]) from error
@@ -108,7 +111,7 @@ def device_state(device: torch.device) -> str:
     ):
         try:
             said.append(f"{name} {read(device)} {unit}")
-        except (ImportError, RuntimeError, AttributeError) as error:  # no NVML, or none of its Python package
+        except Exception as error:  # noqa: BLE001 - no NVML, or none of its Python package, whose errors are of its own kind
             said.append(f"{name} not read ({type(error).__name__})")
     return ", ".join(said)
 

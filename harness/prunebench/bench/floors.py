@@ -20,9 +20,10 @@ over the rate of a large copy. A phase's floor is the larger of the two sums: an
 
 Everything is a lower bound. s is what nobody reads: of a pass for statistics the matrices behind the last inputs (those that do
 not read hidden states); on the way back the gradients of a block's own inputs, where nobody asks for them (at most `UNASKED` of
-all passes, also for blocks whose attention and MLP read the same). Attention, norms, sorts, copies between host and device and
-the start of a kernel are left out. What a cache could hold counts as not moved. A CPU's products of short types are divided by
-the rate of float32 where that is the higher one: an implementation may convert. Blocks count as alike, in what they weigh.
+all passes, also for blocks whose attention and MLP read the same). A pass that leaves all blocks' inputs for a way back, which
+goes forward again, is left out whole. So are attention, norms, sorts, copies between host and device and the start of a kernel.
+What a cache could hold counts as not moved. A CPU's products of short types are divided by the rate of float32 where that is
+the higher one: an implementation may convert. Blocks count as alike, in what they weigh.
 """
 
 from __future__ import annotations
@@ -89,14 +90,18 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
     if own is None or single is None:
         return 0.0
     head = effort.head * (TO_INPUTS / TO_WEIGHTS if effort.phase == "training" else 1.0)
-    products = (
-        effort.blocks * 2 * met(shape) * (1 - left_out(effort, shape, whole)) + head * 2 * shape.vocabulary * shape.hidden
-    )
+    blocks = 0.0 if is_recomputed(effort) else effort.blocks * (1 - left_out(effort, shape, whole))
+    products = blocks * 2 * met(shape) + head * 2 * shape.vocabulary * shape.hidden
     reached = met(shape) / max(1, shape.prunable)  # an expert's Gram matrix takes the tokens that go there
     grams = effort.grams * reached * sum(width**2 for width in shape.inputs)
     factors = effort.factors * sum(width**3 for width in shape.inputs) / 3
     sweeps = effort.sweeps * sum(outputs * inputs**2 for outputs, inputs in shape.matrices)
     return products / own + (grams + factors + sweeps) / single
+
+
+def is_recomputed(effort: Effort) -> bool:
+    """Whether a pass only leaves each block's inputs for a way back, which then goes forward once more: a graph avoids it."""
+    return effort.held > 2 * effort.blocks > 0  # a walk holds the set once, and passes it through all blocks but the last
 
 
 def met(shape: ModelShape) -> int:
@@ -125,7 +130,7 @@ def moved_bytes(effort: Effort, shape: ModelShape, dtype: str) -> float:
     weights = weights if weights > CACHED * layers else 0
     found = float(weights) if effort.blocks else 0.0
     states = min(effort.held, effort.blocks) * shape.hidden * itemsize
-    if states > CACHED:
+    if states > CACHED and not is_recomputed(effort):
         found += states * layers * (2 if effort.phase == "propagation" else 1)
     grams = 4 * sum(width**2 for width in shape.inputs)
     if effort.grams and grams > CACHED * layers:

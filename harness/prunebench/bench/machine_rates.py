@@ -12,6 +12,7 @@ alone; floors are then lower than they could be, and still floors.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from prunebench.toolkit.cache import digest, load_json, save_json
 from prunebench.toolkit.loading import DTYPES
 from prunebench.toolkit.memory import is_out_of_memory, let_go
 from prunebench.toolkit.precision import single_precision
+from prunebench.toolkit.products import weight_gradient
 
 SECONDS = 0.2
 """How long each rate is measured at each size, at least once and after one that wakes the device up."""
@@ -38,6 +40,9 @@ COPIED_ON_HOST, COPIED_ON_DEVICE, UPLOADED = 1 << 28, 1 << 30, 1 << 28
 """Bytes of a copy: more than caches hold."""
 
 DTYPES_MEASURED = ("float32", "bfloat16", "float16")
+
+QUICKER = ("cpu", torch.float32)
+"""Where a second library may be the quicker one."""
 
 TF32 = "tf32"
 """What float32 products on CUDA are called where they may read ten bits of their fractions."""
@@ -104,12 +109,13 @@ def measured_rates(device: torch.device, name: str, driver: str | None, version:
 
 
 def _best_product(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second at the best size that fits."""
+    """Operations a second at the best size that fits, by the quicker of the ways that passes have (`toolkit/products.py`)."""
     best = 0.0
+    ways = [torch.mm, partial(weight_gradient, transposed=False)] if (device.type, dtype) == QUICKER else [torch.mm]
     for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
         try:
             first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
-            taken = quickest(lambda a=first, b=second: a @ b, device, SECONDS)  # type: ignore[misc]
+            taken = min(quickest(partial(way, first, second), device, SECONDS) for way in ways)
         except (MemoryError, RuntimeError) as error:
             if not best or not is_out_of_memory(error):
                 raise

@@ -186,7 +186,7 @@ def student_effort(facts: EffortFacts, steps: int, drawn: int) -> Effort:
     """What `Student.train` computes: so many steps of one sample in every block, the teacher's outputs of those drawn held."""
     return Effort(
         phase="training",
-        blocks=(TO_WEIGHTS + 1) * steps * facts.length,
+        blocks=TO_WEIGHTS * steps * facts.length,
         length=facts.length,
         at_once=facts.length,
         looks=6 * steps,  # RMSprop reads and writes the weight, its gradient and their mean square

@@ -27,6 +27,7 @@ from prunebench.testing.lanes import LateLane
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.arranging import Arrangement
 from prunebench.toolkit.placement import Streaming
+from prunebench.toolkit.spread import Spread
 from prunebench.toolkit.visiting import Visits, visiting
 
 
@@ -107,6 +108,19 @@ def test_block_by_block_the_numbers_are_the_same(family: str, kind: type[WindowE
         apart = evaluation.again(job, chosen)  # type: ignore[attr-defined]
         job.placement = Visits(Counted())
         assert evaluation.again(job, chosen) == apart  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", EVALS, ids=lambda kind: kind.name)
+def test_over_several_devices_the_numbers_are_the_same(kind: type[WindowEval], asked: Callable[..., Any]) -> None:
+    """The dense model's blocks come from the host as guests."""
+    dense = tiny(vocab_size=LETTERS)
+    pruned = disturbed(dense)
+    evaluation, job = asked(kind, pruned, dense)
+    wanted = evaluation.measure(job)
+    homes = {block: number % 2 for number, block in enumerate(blocks_of(pruned))}
+    job.placement = visits = Visits(Spread([torch.device("cpu")] * 2, homes))
+    with visiting(blocks_of(dense), visits), visiting(blocks_of(pruned), visits):
+        assert evaluation.measure(job) == wanted
 
 
 @pytest.mark.parametrize("kind", EVALS, ids=lambda kind: kind.name)

@@ -41,7 +41,12 @@ class Artefacts:
     """`Job.artefact` for one step."""
 
     def __init__(self, request: RunRequest, pruner: Pruner, first: bool) -> None:
-        """For a step of the run; only the first takes from the cache."""
+        """For a step of the run; only the first takes from the cache.
+
+        Raises:
+            RequestError: the setting of how much may be kept is not a number of GiB; found before the work, not after it.
+        """
+        limit_bytes()
         self.reused: list[str] = []
         """Names of what was taken from the cache."""
         self.job: Job | None = None
@@ -57,11 +62,7 @@ class Artefacts:
         )
 
     def __call__(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        """Tensors kept by an earlier run, on the host; made now, and kept, where there are none.
-
-        Raises:
-            RequestError: the setting of how much may be kept is not a number of GiB.
-        """
+        """Tensors kept by an earlier run, on the host; made now, and kept, where there are none."""
         if not self._first or name in self._asked:
             return make()
         self._asked.add(name)
@@ -70,7 +71,7 @@ class Artefacts:
             kept = _load(key)
         if kept is not None:
             return self._taken(name, kept)
-        limit = limit_bytes()  # a wrong setting is found before the work, not after it
+        limit = limit_bytes()
         with self._alone(key, name):
             with uncounted():
                 kept = _load(key)  # which another run may have made while this one waited
@@ -112,7 +113,7 @@ def making(key: str, waits: Callable[[], None]) -> Iterator[None]:
         waits: called when another process is at it, before waiting.
     """
     path = cache_folder() / "making" / f"{key}.lock"
-    lock = filelock.FileLock(path)
+    lock = filelock.FileLock(path, mode=0o600)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

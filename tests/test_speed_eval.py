@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Fake:
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kernel]]:
+def table(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
     """A table of kernels of the test's own, and a clock that only they set forward."""
 
     def elapsed(work: Callable[[], object], times: int, _device: torch.device) -> float:
@@ -228,10 +228,11 @@ def test_the_dense_model_is_what_others_are_measured_against() -> None:
     def never() -> PreTrainedModel:
         raise AssertionError("the dense model is loaded a second time")
 
-    score = measure(tiny(), dense=None)
+    job = eval_job(SMALL, tiny(), facts_of(tiny()))
+    job.dense = never
+    score = SMALL.measure(job)
     assert (score.value, score.reason) == (1.0, "")
     assert score.parts["decode, batch 1: dense tokens/s"] > 0
-    assert measure(tiny(), **{"dense": never}).value == 1.0
 
 
 def test_a_model_that_was_not_pruned_here_is_compared_with_itself(table: list[Kernel]) -> None:
@@ -272,7 +273,7 @@ def test_compressed_weights_for_which_there_is_no_memory_are_told(table: list[Ke
 
 
 def test_a_model_that_is_not_whole_is_not_timed() -> None:
-    assert measure(tiny(), **{"placement": Resident("cpu")}).reason == "the model is not whole on the device"
+    assert measure(tiny(), placement=Resident("cpu")).reason == "the model is not whole on the device"
     with torch.device("meta"):
         nowhere = type(tiny())(tiny().config)
     assert measure(nowhere).reason == "the model is not whole on the device"

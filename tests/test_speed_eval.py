@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -312,6 +314,90 @@ def test_conditions_say_what_seconds_depend_on() -> None:
     for wrong in ({"batches": ()}, {"batches": (0, 1)}, {"prompt": -1}, {"tokens": 0}):
         with pytest.raises(OptionError, match="speed"):
             Speed(**wrong)  # type: ignore[arg-type]
+
+
+class FakeGraphs:
+    """What of `torch.cuda` a recording needs: streams that are names, and graphs that do the work when they are replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
+        self.now, self.log, self._failure = "own", [], failure
+        for name in ("current_stream", "stream", "graph", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _device: SimpleNamespace(wait_stream=lambda _other: None))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.log.append("replay")))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+
+    def current_stream(self, _device: object) -> SimpleNamespace:
+        return SimpleNamespace(wait_stream=lambda _other: None, name=self.now)
+
+    @contextmanager
+    def stream(self, _stream: object) -> Iterator[None]:
+        self.log.append("side")
+        yield
+
+    @contextmanager
+    def graph(self, _graph: object) -> Iterator[None]:
+        self.now = "recording"
+        yield
+        if self._failure is not None:  # and nobody goes back
+            raise self._failure
+        self.now = "own"
+
+    def set_stream(self, stream: SimpleNamespace) -> None:
+        self.now = stream.name
+
+
+def test_work_is_warmed_up_aside_recorded_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeGraphs(monkeypatch)
+    replay = clocks.launched(lambda: fake.log.append(fake.now), torch.device("cuda"), "graph")
+    replay()
+    assert fake.log == ["side", *["own"] * clocks.WARM_UP, "recording", "replay"]
+    work = fake.log.clear
+    assert clocks.launched(work, torch.device("cuda"), "eager") == work
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), clocks.CannotRecord),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+    ids=["forbidden", "oom"],
+)
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(
+    failure: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeGraphs(monkeypatch, failure)
+    with pytest.raises(raised):
+        clocks.launched(lambda: None, torch.device("cuda"), "graph")
+    assert fake.now == "own"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_pytorchs_tensors_are_given_matrices_and_give_what_a_linear_layer_does(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weight as it is in place of a compressed one; they take no more than two dimensions."""
+
+    class Compressed:
+        @staticmethod
+        def from_dense(weight: torch.Tensor) -> torch.Tensor:
+            assert weight.is_contiguous()
+            warnings.warn("a prototype", UserWarning, stacklevel=1)
+            return weight
+
+    def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert inputs.dim() == 2
+        return (weight @ inputs.t() + (0 if bias is None else bias[:, None])).t()  # as they are laid out there
+
+    back_end = {"cusparselt": "CUSPARSELT", "cutlass": "CUTLASS"}[kernel.name]
+    monkeypatch.setattr(torch.sparse, f"SparseSemiStructuredTensor{back_end}", Compressed)
+    weight, inputs, bias = torch.randn(8, 12).t(), torch.randn(2, 3, 8), torch.randn(12)
+    expected = [torch.nn.functional.linear(inputs, weight, b) for b in (None, bias)]
+    product = kernel.make(weight)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    for b, wanted in zip((None, bias), expected, strict=True):
+        torch.testing.assert_close(product(inputs, b), wanted)
 
 
 def test_what_was_replaced_comes_back_after_an_error() -> None:

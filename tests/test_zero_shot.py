@@ -31,10 +31,14 @@ from prunebench.bench.runner import classify
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.shipped import suites_folder
 from prunebench.spec import EvalFacts, Score
+from prunebench.testing.lanes import LateLane
+from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.loading import ModelSource, identify, load_model
+from prunebench.toolkit.placement import Streaming
 from prunebench.toolkit.state import capture, differences, guarded
 from prunebench.toolkit.stream import evaluating
+from prunebench.toolkit.visiting import Visits, visiting
 
 CONTEXT = 64
 SHAPE = {"vocab_size": 300, "max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
@@ -127,6 +131,17 @@ def test_likelihoods_are_those_by_hand(model: PreTrainedModel, facts: EvalFacts,
     assert (score.unit, score.higher_is_better, score.parts) == ("accuracy", True, {})
     assert score.sample is not None
     assert (score.sample.column, score.sample.strata, score.sample.tasks) == ("right", "stratum", "task")
+
+
+def test_blocks_that_rest_elsewhere_come_and_go(model: PreTrainedModel, facts: EvalFacts, tmp_path: Path) -> None:
+    name = write_task(tmp_path)
+    wanted = measure(model, facts, tasks=name)
+    blocks = [block.module for block in find_anatomy(model).blocks]
+    placement = Streaming("cpu", LateLane)  # forgetting to wait for a block finds NaN
+    with visiting(blocks, Visits(placement)):
+        assert measure(model, facts, tasks=name) == wanted
+    assert placement._lane.begun > 0  # type: ignore[attr-defined]
+    assert measure(model, facts, tasks=name) == wanted
 
 
 def test_a_sentence_without_a_question_begins_with_the_bos_token(

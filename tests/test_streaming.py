@@ -448,6 +448,35 @@ def placed(placement: Resident, samples: int = 32) -> Job:
     return job
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be pinned")
+def test_memory_that_cannot_be_pinned_is_plain_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    lane, held = CudaLane(torch.device("cuda")), torch.ones(2048)
+    assert lane.room((4, 256), torch.float32).shape == (4, 256)
+    assert lane.resting(held) is held
+    assert lane.plain == 4 * 256 * 4 + held.nbytes
+    placement = Streaming("cpu")
+    assert placement.remarks() == {}
+    placement._lane = lane
+    assert placement.remarks() == {"host memory that could not be pinned": "12 KiB; its copies were waited for"}
+
+
+def test_a_block_for_which_there_is_no_room_yet_comes_when_it_is_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, placement = streaming_job(tiny())
+    module, sent = job.anatomy.blocks[0].module, placement._sent
+    monkeypatch.setattr(placement, "_sent", lambda module: raise_(torch.OutOfMemoryError()))
+    placement.expect(module)
+    monkeypatch.setattr(placement, "_sent", sent)
+    placement.bring(module)
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors_of(module))
+    placement.release(module)
+    placement.check_all_is_back()
+
+
+def raise_(error: Exception) -> Any:
+    raise error
+
+
 class TimedLane(CudaLane):
     """Keeps when each group of copies began and ended."""
 

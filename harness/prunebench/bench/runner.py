@@ -175,6 +175,7 @@ def _next_step(
     job = work.job(pruner, progress, notes, artefacts, checkpoint)
     before = Before(anatomy, work.dense, standing.survivors_changed, work.looks)
     cost = take_step(pruner, job, notes)
+    notes |= work.placement.remarks()
     if job.device.type == "cuda":
         notes["kernels"] = dict(kernels.report())
     artefacts.settle(cost)

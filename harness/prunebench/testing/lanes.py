@@ -19,11 +19,14 @@ from prunebench.toolkit.transfer import Pairs
 class LateLane:
     """Takes copies between the host and a device that is played by the host."""
 
+    plain = 0
+
     def __init__(self, device: torch.device) -> None:
         """`device` is the host; lanes that are made by one placement know nothing of each other."""
         assert device.type == "cpu"
         self._under_way: list[_Copy] = []
-        self._at_rest: set[int] = set()
+        self._at_rest: dict[int, torch.Tensor] = {}
+        """The host's memory, kept: an address that is used again would be taken for it."""
         self.lost = self.there = self.most = self.begun = 0
         """Copies whose ticket was thrown away; bytes on the device that came by this lane, and the most there were; copies."""
 
@@ -48,7 +51,7 @@ class LateLane:
 
     def resting(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, known to be the host's."""
-        self._at_rest.add(tensor.untyped_storage().data_ptr())
+        self._at_rest[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     def reach(self, ticket: LateTicket, host: bool) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prunebench.plain import size_text
 from prunebench.toolkit.transfer import Lane, Ticket, lane_to
 
 MOST_SEQUENCES = 8
@@ -79,6 +80,10 @@ class Resident:
     def finish(self) -> None:
         """Nothing is under way."""
 
+    def remarks(self) -> dict[str, str]:
+        """What a record should say of how things came and went."""
+        return {}
+
 
 class HostActivations(Resident):
     """The model stays on the device; activations rest on the host, and a few batches of them are on the device.
@@ -139,6 +144,14 @@ class HostActivations(Resident):
         while self._stores:
             self._stores.popleft().finish()
 
+    def remarks(self) -> dict[str, str]:
+        """Of memory that could not be pinned."""
+        plain = self._plain()
+        return {"host memory that could not be pinned": f"{size_text(plain)}; its copies were waited for"} if plain else {}
+
+    def _plain(self) -> int:
+        return self._rows.plain
+
     def _begun(self, parts: Sequence[torch.Tensor], sequences: int) -> tuple[torch.Tensor, Ticket]:
         self._let_go(all_but=1)
         there = torch.empty((sequences, *parts[0].shape[1:]), dtype=parts[0].dtype, device=self.device)
@@ -176,7 +189,10 @@ class Streaming(HostActivations):
             return
         shared = {id(tensor) for visit in self._visits.values() for tensor in visit.tensors}
         if not shared & {id(tensor) for tensor in tensors_of(module)}:  # else it is on its visit with another block
-            self._expected = self._sent(module)
+            try:
+                self._expected = self._sent(module)
+            except torch.OutOfMemoryError:
+                self._expected = None  # there is no room for two at present: it is sent for when it is brought
 
     def bring(self, module: nn.Module) -> None:
         """Have the block's parameters and buffers on the device, behind their copy."""
@@ -208,6 +224,9 @@ class Streaming(HostActivations):
             visit.back.finish()
         for tensor, resting in zip(visit.tensors, visit.resting, strict=True):
             tensor.data = resting
+
+    def _plain(self) -> int:
+        return super()._plain() + self._lane.plain
 
     def _sent(self, module: nn.Module) -> _Visit:
         tensors = tensors_of(module)

@@ -32,6 +32,9 @@ class Ticket(Protocol):
 class Lane(Protocol):
     """Takes copies one after the other, so that one that reads what an earlier one writes needs no waiting."""
 
+    plain: int
+    """Bytes on the host that could not be had as wished: copies to and from them hold the host up."""
+
     def copy(self, pairs: Pairs) -> Ticket:
         """Begin copies behind those begun before, and behind the device's work so far. Nobody may write into a source, or touch
         a target, before the ticket is waited for."""
@@ -52,6 +55,7 @@ class CudaLane:
     """A stream of its own on a GPU, from and to pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
+        self.plain = 0
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -68,13 +72,22 @@ class CudaLane:
     def room(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Pinned. PyTorch takes the next power of two of bytes, keeps what was let go, and needs about 0.4 s a GiB the first
         time."""
-        return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
+        try:
+            return torch.empty(tuple(size), dtype=dtype, pin_memory=True)
+        except RuntimeError:  # the system lets a process pin so much and no more
+            found = torch.empty(tuple(size), dtype=dtype)
+            self.plain += found.nbytes
+            return found
 
     def resting(self, tensor: torch.Tensor) -> torch.Tensor:
         """Pinned, one by one: a block in one piece would be rounded up as far, and would stand longer before the batches."""
         if tensor.is_pinned():
             return tensor
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        try:
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        except RuntimeError:
+            self.plain += tensor.nbytes
+            return tensor.cpu()
 
 
 class _CudaTicket:
@@ -92,6 +105,8 @@ class _CudaTicket:
 
 class Footpath:
     """Copies at once: where the host is the device, and on devices that have no streams."""
+
+    plain = 0
 
     def copy(self, pairs: Pairs) -> Ticket:
         """Done on return."""

@@ -250,6 +250,11 @@ def test_short_inputs_lose_nothing_in_float32() -> None:
         left, right = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0)).to(dtype)
         exact = left.double() * right.double()
         assert torch.equal((left.float() * right.float()).double(), exact)
+        inputs = torch.randn(4096, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+        gram = Gram(48, torch.device("cpu"), torch.float32)
+        gram.add(inputs.float(), 2)
+        wanted = inputs.double().t() @ inputs.double()
+        torch.testing.assert_close(gram.value().double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.max()))
 
 
 # The door

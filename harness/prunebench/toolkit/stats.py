@@ -92,7 +92,7 @@ class Gram(Statistic):
         before, share = old / self._sequences, 2 / self._sequences
         for start, end in self._panels():
             panel, left, right = self._mean[start:end, start:], inputs[:, start:end].t(), inputs[:, start:]
-            found = kernels.run(inputs.device, "gram", lambda k, a=left, b=right: k.product(a, b))
+            found = _product_of_short(left, right)
             if found is None:
                 panel.addmm_(at_least_float32(left), at_least_float32(right), beta=before, alpha=share)
             else:
@@ -113,6 +113,11 @@ class Gram(Statistic):
         """Few enough for products of a good size, many enough to leave most of the lower half out."""
         size = max(128, self.width // 8)
         return [(start, min(start + size, self.width)) for start in range(0, self.width, size)]
+
+
+def _product_of_short(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """Of matrices in 16 bits, in float32; None where there is no way but a copy of them."""
+    return kernels.run(left.device, "gram", lambda k: k.product(left, right))
 
 
 class SharedStatistics:

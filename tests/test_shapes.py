@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from support import Bench, Ran, cases
+from support import Bench, Ran, cases, make_record, make_spec
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prunebench.bench.commands import narrowed
@@ -19,7 +19,10 @@ from prunebench.bench.plan import Planner, RunRequest
 from prunebench.bench.suite import Suite, load_suite, with_dense
 from prunebench.errors import ModelError, RequestError, UnknownNameError
 from prunebench.plugins import load_registry
+from prunebench.results import consistency
+from prunebench.results.findings import Entry
 from prunebench.results.records import RunRecord
+from prunebench.results.store import ResultStore, Stored
 from prunebench.scoring import JsonDict
 from prunebench.spec import Eval, EvalFacts, EvalJob, Score
 from prunebench.toolkit import shapes
@@ -289,13 +292,50 @@ def test_runs_of_a_shape_are_done_shown_and_compared_as_others(
     assert [(record.status, record.scores) for record in found] == [("ok", {}), ("ok", {})]
     assert all(record.audit is not None and record.audit.removed == 64512 for record in found)
     shown = command("show", found[0].id)
-    assert (shown.code, "random weights" in shown.out) == (0, True)
+    assert (shown.code, "of costs only: the weights are random" in shown.out) == (0, True)
+    assert "scores them again" not in shown.out
     assert "0 to do, 2 done" in command("run", "costs.toml", "--dry-run").out
-    for words in (["report"], ["export", "--out", "rows.csv"], ["status"], ["compare", found[0].id, found[1].id], ["verify"]):
-        ran = command(*words)
-        assert "Traceback" not in ran.err, ran
+    assert "tiny-llama (random weights)" in command("report", "--csv", "rows.csv").out
+    assert command("export", "set").code == 0
+    assert command("status").code == 0
+    assert "they share no score" in command("compare", found[0].id, found[1].id).err
+    assert command("submit", "--out", "bundle.zip").code == 0
+    ran = command("verify", "bundle.zip", "--results", "elsewhere")
+    assert (ran.code, "2 records checked" in ran.out) == (0, True), ran
     ran = command("rescore", "--all", "--eval", "perplexity[data=wikitext2]")
     assert "the weights of a shape are random" in ran.out + ran.err
+
+
+def test_a_record_that_calls_a_model_a_shape_is_found(tmp_path: Path) -> None:
+    """Or the other way round: its scores would be left out of tables, or random weights would be ranked."""
+    real, store = make_record(make_spec("wanda")), ResultStore(tmp_path / "results", print)
+    named = changed(real, {"source": "shape:tiny-llama"})
+    without = changed(real, {"tokenizer": "none"})
+    whole = changed(real, {"source": "shape:tiny-llama", "tokenizer": "none"})
+    fields = [
+        {finding.field for finding in consistency.shape(Entry(Stored("here/m/x.json", record), store))}
+        for record in (real, named, without, whole)
+    ]
+    origin = "spec.recipe.calibration.origin"
+    assert fields == [set(), {"spec.model.source", origin}, {"spec.model.source"}, {origin}]
+
+
+def test_a_virtual_run_takes_less_than_its_weights(tmp_path: Path) -> None:
+    shape = changed(make_record(make_spec("wanda")), {"source": "shape:tiny-llama", "tokenizer": "none"})
+    step = shape.steps[0].model_copy(update={"peak_host_bytes": 1, "peak_device_bytes": None})
+    drawn = step.model_copy(update={"notes": {consistency.VIRTUAL: "drawn"}})
+    store = ResultStore(tmp_path / "results", print)
+    said = []
+    for each in (step, drawn):
+        record = shape.model_copy(update={"steps": [each]})
+        said.append([finding.field for finding in consistency.costs(Entry(Stored("here/m/x.json", record), store))])
+    assert said == [["steps.0.peak_host_bytes"], []]
+
+
+def changed(record: RunRecord, model: dict[str, str]) -> RunRecord:
+    """A record whose model says something else of itself."""
+    spec = record.spec.model_copy(update={"model": record.spec.model.model_copy(update=model)})
+    return record.model_copy(update={"spec": spec})
 
 
 REFUSED = {

@@ -180,6 +180,8 @@ def print_record(record: RunRecord, path: str, console: Console) -> None:
         fact("coverage", f"{audit.coverage:.4%} of the blocks' parameters")
     for name, told in _kept(record):
         fact(name, told)
+    if spec.model.is_shape:
+        fact("scores", "of costs only: the weights are random")
     for name, score in record.scores.items():
         shown = score.reason or "no mean" if score.value is None else f"{score.value:.6g}"
         fact(name, f"{shown} ({score.seconds:.1f} s)")
@@ -217,7 +219,9 @@ def _kept(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "masks", f"{kept.file}, {size_text(kept.bytes)}" + (" with the weights" if kept.weights_file else "")
         if kept.weights_file is not None:
             yield "weights", kept.weights_file
-        yield "", f"cannot be scored again: {kept.note}" if kept.note else f"`prunebench rescore {record.id}` scores them again"
+        if not record.spec.model.is_shape:
+            again = f"`prunebench rescore {record.id}` scores them again"
+            yield "", f"cannot be scored again: {kept.note}" if kept.note else again
 
 
 def _memory(count: int | None, where: str) -> str:

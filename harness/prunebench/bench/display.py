@@ -119,7 +119,7 @@ class SweepDisplay:
 
     def _line(self, record: RunRecord, seconds: float) -> str:
         found = ", ".join(f"{name} {number(score.value)}" for name, score in record.scores.items())
-        detail = found or record.reason or ""
+        detail = found or record.reason or f"pruned in {duration_text(record.prune_seconds)}"
         text = f"{MARKS[record.status]} {escape(run_label(record.spec))}: {escape(detail)}  ({seconds:.1f} s)"
         return text if self._live else f"{text}{escape(self._remaining())}"
 

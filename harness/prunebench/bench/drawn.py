@@ -13,6 +13,7 @@ from prunebench.answers import ask
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import Refused
 from prunebench.plain import size_text
+from prunebench.results.consistency import VIRTUAL as VIRTUAL
 from prunebench.spec import Needs, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.arranging import SPARE, Footprint
@@ -21,9 +22,6 @@ from prunebench.toolkit.loading import DTYPES, empty_model
 from prunebench.toolkit.placement import HostActivations, Resident
 from prunebench.toolkit.shapes import SHAPE, DrawnDense, RandomWeights, filled
 from prunebench.toolkit.virtual import Drawing, DrawingToHost, check_steps, is_large, is_virtual, left_virtual
-
-VIRTUAL = "virtual weights"
-"""The key of the note that says so."""
 
 
 def drawn_model(request: RunRequest, pruners: Sequence[Pruner], free: int) -> PreTrainedModel:

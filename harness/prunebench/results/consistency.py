@@ -38,6 +38,9 @@ answers."""
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
+VIRTUAL = "virtual weights"
+"""The note of a step on a shape whose blocks were drawn one at a time."""
+
 SLACK = 2.0
 """Seconds by which parts may exceed the whole: clocks are rounded."""
 
@@ -202,6 +205,20 @@ def recipe(entry: Entry) -> Iterator[Finding]:
         yield entry.finding("tokens", "spec.seed", "is absent, and calibration text was sampled")
 
 
+def shape(entry: Entry) -> Iterator[Finding]:
+    """Random weights read random tokens, and nothing else does."""
+    spec = entry.record.spec
+    is_shape = spec.model.is_shape
+    if is_shape != (spec.model.tokenizer == "none"):
+        said = "names a shape, and there is a tokenizer" if is_shape else "names no shape, and there is no tokenizer"
+        yield entry.finding("tokens", "spec.model.source", said)
+    for kind in ("calibration", "training"):
+        text = getattr(spec.recipe, kind)
+        if text is not None and is_shape != (text.origin == "seed"):
+            said = f"is {text.origin!r}, and the model is {'a' if is_shape else 'no'} shape"
+            yield entry.finding("tokens", f"spec.recipe.{kind}.origin", said)
+
+
 def costs(entry: Entry) -> Iterator[Finding]:
     """Seconds that add up, and a peak that holds at least the weights."""
     record = entry.record
@@ -226,6 +243,8 @@ def _memory(entry: Entry, record: RunRecord) -> Iterator[Finding]:
     size = sum(rows * columns for rows, columns in (matrix.shape for matrix in record.audit.matrices))
     least = size * BYTES.get(record.spec.model.dtype, 1)
     for number, step in enumerate(record.steps):
+        if record.spec.model.is_shape and VIRTUAL in step.notes:
+            continue
         # Weights that are streamed rest on the host, which may map them from the disk only as they are read.
         peaks = [peak for peak in (step.peak_device_bytes, step.peak_host_bytes) if peak is not None]
         if peaks and max(peaks) < least:

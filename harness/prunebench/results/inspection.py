@@ -30,7 +30,7 @@ ALONE: dict[str, tuple[Check, ...]] = {
     "place": (consistency.place,),
     "steps": (consistency.steps,),
     "conditions": (consistency.conditions, consistency.making, consistency.counts),
-    "tokens": (consistency.recipe,),
+    "tokens": (consistency.recipe, consistency.shape),
     "arithmetic": (recomputed.scores,),
     "answers": (recomputed.answers,),
     "audit": (recomputed.audit,),

@@ -61,7 +61,7 @@ class TextSpec(_Frozen):
     name: str
     config: str
     split: str
-    origin: str = Field(description="`hub`, `mirror` (perhaps an excerpt) or `file`")
+    origin: str = Field(description="`hub`, `mirror` (perhaps an excerpt), `file`, or `seed`: random tokens of a shape")
     content: str = Field(description="hash of the text's rows, or of the token file")
     complete: bool = Field(description="False where the source may be an excerpt of what the name stands for")
 

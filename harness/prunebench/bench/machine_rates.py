@@ -33,8 +33,8 @@ SECONDS = 0.2
 LONGEST = 1.0
 """A product that took longer is the last of its dtype: the next size takes eight times as long."""
 
-SIDES_ON_HOST, SIDES_ON_DEVICE = (512, 1024, 2048), (4096, 8192, 16384)
-"""Of square matrices: a product of the largest takes a thread a third of a second, and a GPU a hundredth."""
+SIDES_ON_HOST, SIDES_ON_DEVICE = (512, 1024), (4096, 8192, 16384)
+"""Of square matrices: a thread is at its best from the smallest on, a GPU at the largest, in a hundredth of a second."""
 
 COPIED_ON_HOST, COPIED_ON_DEVICE, UPLOADED = 1 << 28, 1 << 30, 1 << 28
 """Bytes of a copy: more than caches hold."""

@@ -54,7 +54,7 @@ def _llama(
     }
 
 
-_LLAMA_3 = {
+_LLAMA_3: dict[str, Any] = {
     "vocabulary": 128256,
     "context": 131072,
     "num_key_value_heads": 8,
@@ -176,7 +176,7 @@ def filled(
     Raises:
         ModelError: a part of the model cannot be made from its settings.
     """
-    model.to(dtype)  # nothing is there yet: this sets the dtype of what rests on the meta device
+    model.to(dtype)  # type: ignore[arg-type]  # nothing is there yet: this is for what rests on the meta device
     model.config.dtype = dtype
     weights = RandomWeights(model, dtype, device)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -26,6 +26,7 @@ from prunebench.bench.lodging import NoRoomError
 from prunebench.errors import DataError, OptionError, RequestError
 from prunebench.results.board import build_board
 from prunebench.results.leaderboard import to_markdown
+from prunebench.results.recomputed import value_of
 from prunebench.results.store import ResultStore
 from prunebench.spec import EvalFacts, Score
 from prunebench.targets import NM, Target, Unstructured, parse_target
@@ -488,6 +489,8 @@ def test_runs_keep_the_reason_and_the_board_shows_it_without_a_rank(bench: Bench
         else:
             assert (score.value, score.reason) == (None, "no kernel for unstructured masks")
         assert score.conditions["device"] == record.provenance.device
+        assert value_of(score.items, score) == score.value
+        assert value_of(score.items, score.model_copy(update={"value": 3.0})) == 1.0
     board = build_board(store.latest())
     [section] = [section for section in board.sections if section.score == "speed"]
     assert all(row.rank is None for table in section.tables for row in table.rows)

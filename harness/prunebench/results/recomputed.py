@@ -71,6 +71,10 @@ def answers(entry: Entry) -> Iterator[Finding]:
 def value_of(columns: Columns, score: ScoreRecord) -> float | None:
     """A score's value out of its raw answers; None where it does not say how it is made, or there are none."""
     sample = score.sample
+    if (
+        score.conditions.get("eval") == "speed"
+    ):  # of its rows the first decides; without a kernel there is a value for dense only
+        return None if score.value is None or not columns.get("speed_up") else float(columns["speed_up"][0]) or 1.0
     if sample is None and score.conditions.get("eval") == "layer_error":  # matrices are no sample of anything, and have a mean
         sample = SampleRecord(column="error")
     if sample is None or not columns.get(sample.column):

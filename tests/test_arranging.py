@@ -14,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunebench.bench import runner
 from prunebench.bench.measure import free_bytes
+from prunebench.bench.plan import Planner
+from prunebench.bench.suite import load_suite
+from prunebench.plugins import load_registry
 from prunebench.spec import Eval, EvalFacts, EvalJob, Score
 from prunebench.targets import NM
 from prunebench.toolkit import InputNorm, walk
@@ -135,6 +138,16 @@ def test_a_run_chooses_and_records(
     record = runner.run(planned(bench, tmp_path, register), lambda *_: None, "inline")
     assert (record.status, record.provenance.batch_size) == ("ok", size)
     assert record.steps[0].notes == {}
+
+
+def test_a_limit_on_the_device_is_planned_and_recorded(bench: Bench, tmp_path: Path, register: Callable[..., None]) -> None:
+    request = replace(planned(bench, tmp_path, register), batch_size=4)
+    record = runner.run(replace(request, device_memory=float(3 * GIB)), lambda *_: None, "inline")
+    assert (record.status, record.steps[0].notes) == ("ok", {"device memory limited to": "3 GiB"})
+    suite = tmp_path / "limited.toml"
+    suite.write_text(bench.suite_text("wanda").replace("threads = 1", "threads = 1\ndevice_memory = 3.0"))
+    planner = Planner(load_suite(str(suite)), load_registry(), "here", "prunebench run limited.toml", "cpu")
+    assert [found.device_memory for found in planner.requests()] == [3 * GIB]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from prunebench.toolkit.arranging import SPARE, Arrangement, Footprint, arrange,
 from prunebench.toolkit.placement import HostActivations, Resident, Streaming
 from prunebench.toolkit.recorder import BlockCall
 from prunebench.toolkit.spread import Spread, called_there, devices_of, homes_of, moved
+from prunebench.toolkit.visiting import Visits, visiting
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.sparsegpt import SparseGpt
 from prunebench_pruners.wanda import Wanda
@@ -379,6 +380,24 @@ def test_whole_models_are_trained_on_one_device() -> None:
     assert arranged(Trains(), [9, 9, 9]).resting is Resident
     with pytest.raises(Refused, match=r"^wanda trains the whole model on one device, and the model does not fit on cuda:0\.$"):
         arranged(Trains(), [1, 9, 9])
+
+
+def test_a_request_knows_all_its_devices() -> None:
+    fields = dict.fromkeys(plan.RunRequest.__dataclass_fields__)
+    request = plan.RunRequest(**fields | {"device": "cpu", "spread": ()})
+    assert (request.on_text, request.devices) == ("cpu", (torch.device("cpu"),))
+    pair = request.on("cuda:2+1")
+    assert (pair.device, pair.on_text) == ("cuda:2", "cuda:2+1")
+    assert pair.devices == (torch.device("cuda:2"), torch.device("cuda:1"))
+    assert (pair.on_any().on_text, pair.on("cuda:3").on_any().on_text) == ("cuda:0+1", "cuda")
+    assert pair.on("cuda:3").spread == ()
+
+
+def test_a_model_on_several_devices_is_evaluated_as_if_it_were_on_one() -> None:
+    job, ids = make_job(tiny(), tokens_of(2)), tokens_of(3)
+    expected = job.model(input_ids=ids).logits
+    with visiting([block.module for block in job.anatomy.blocks], Visits(spread(job))):
+        assert same_bits(job.model(input_ids=ids).logits, expected)
 
 
 def test_peaks_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:

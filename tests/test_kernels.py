@@ -26,6 +26,7 @@ from prunebench.toolkit.least_squares import (
     sweep,
 )
 from prunebench.toolkit.masks import keep_by_norms, keep_slab
+from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.scores import gradient_scores, wanda_scores
 from prunebench_pruners.sparsegpt import SparseGpt
 
@@ -91,7 +92,7 @@ def test_unstructured_masks_are_those_of_torch(group: Any, rows: int, columns: i
         in_use(device, "rows" if group == "row" else "matrices")
 
 
-@pytest.mark.parametrize("target", [NM(2, 4), NM(4, 8), NM(1, 2), NM(5, 32)], ids=str)
+@pytest.mark.parametrize("target", [NM(2, 4), NM(4, 8), NM(1, 2), NM(5, 16)], ids=str)
 def test_groups_are_those_of_torch(target: NM, device: torch.device) -> None:
     for rows, groups in ((1, 1), (7, 1), (5, 3)):
         for scores in draws(rows, groups * target.of, device):
@@ -165,7 +166,7 @@ def never(damping: float) -> None:
 
 
 @pytest.mark.parametrize("rule", ["slabs", "2:4", "2:4 removed", "4:8", "given", "threshold"])
-@pytest.mark.parametrize(("columns", "slab"), [(96, 32), (72, 128)])
+@pytest.mark.parametrize(("columns", "slab"), [(48, 32), (56, 128)])
 def test_a_sweep_is_that_in_float64(rule: str, columns: int, slab: int, device: torch.device) -> None:
     """Masks entry by entry, but for near ties; weights and loss within rounding. The last slab is narrower."""
     weight, gram = problem(19, columns)
@@ -340,8 +341,9 @@ def test_a_method_by_kernels(device: torch.device) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if at is None:
                 patch.setenv("PRUNEBENCH_KERNELS", "off")
-            job = make_job(tiny("llama"), tokens_of(), target=NM(2, 4))
-            job.model.to(device)
+            placement = Resident(str(device))
+            job = make_job(tiny(num_hidden_layers=1), tokens_of(), target=NM(2, 4), placement=placement)
+            place_model(job.model, [block.module for block in job.anatomy.blocks], placement)
             SparseGpt(block_size=32).prune(job)
             found.append({m.name: m.weight.clone() for m in job.anatomy.matrices})
     for name, weight in found[0].items():

@@ -207,17 +207,22 @@ class _Slab:
         self._work, self._keep, self._upper, self._choose, self._start = work, keep, upper, choose, start
         self._inverse = upper.diagonal().reciprocal()[:, None]
         self._errors = torch.empty_like(work)
+        """`(w - q)/U_jj`."""
         self._scale = torch.empty_like(work)
         """1/U_jj where an entry goes, 0 where it stays: an error is a product of two columns."""
-        self._columns = list(zip(work.unbind(), self._scale.unbind(), self._errors.unbind(), upper.unbind(1), strict=True))
+        self._columns: list[tuple[torch.Tensor, ...]] = []
 
     def swept(self, every: int, leaf: int) -> torch.Tensor:
-        """Sweep, and return the errors `(w - q)/U_jj`."""
+        """Sweep, and return the errors."""
         if not every:
-            self._select(0, len(self._work))
+            self._decide(0, len(self._work))
         errors = self._by_kernel(every)
         if errors is not None:
             return errors
+        if not every:
+            self._rescale(0, len(self._work))
+        columns = (self._work.unbind(), self._scale.unbind(), self._errors.unbind(), self._upper.unbind(1))
+        self._columns = list(zip(*columns, strict=True))
         self._halve(0, len(self._work), every or leaf, select=bool(every))
         self._work *= self._keep.view(torch.uint8)  # on a host twenty times as fast as `masked_fill_`; below, too
         return self._errors
@@ -235,16 +240,19 @@ class _Slab:
             work.device, "column_sweep", lambda k: k.sweep_slab(work, self._keep, *factor, keeps, every, removed)
         )
 
-    def _select(self, first: int, last: int) -> None:
+    def _decide(self, first: int, last: int) -> None:
         scores = (self._work[first:last] * self._inverse[first:last]).square_()
-        keep = self._keep[first:last].copy_(self._choose(scores.t(), slice(self._start + first, self._start + last)).t())
-        self._scale[first:last].copy_((~keep).view(torch.uint8)).mul_(self._inverse[first:last])
+        self._keep[first:last].copy_(self._choose(scores.t(), slice(self._start + first, self._start + last)).t())
+
+    def _rescale(self, first: int, last: int) -> None:
+        self._scale[first:last].copy_((~self._keep[first:last]).view(torch.uint8)).mul_(self._inverse[first:last])
 
     def _halve(self, first: int, last: int, leaf: int, select: bool) -> None:
         """The first half, its errors into the second by one product, the second half."""
         if last - first <= leaf:
             if select:
-                self._select(first, last)
+                self._decide(first, last)
+                self._rescale(first, last)
             self._sweep(first, last)
             return
         middle = first + leaf * ((last - first - 1) // leaf // 2 + 1)

@@ -51,7 +51,7 @@ def device_name(device: str) -> str:
     if not device.startswith("cuda"):
         return _cpu_model()
     try:
-        return torch.cuda.get_device_name(torch.device(device))
+        return torch.cuda.get_device_name(torch.device(device.partition("+")[0]))  # of several the first
     except (AssertionError, RuntimeError):  # torch without CUDA, no driver, no such index
         return device
 

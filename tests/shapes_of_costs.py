@@ -59,7 +59,9 @@ def cost_record(
     text = RANDOM_TEXT if shape else C4_TEXT
     reads = method.partition("[")[0] not in ("magnitude", "dense", "random") and " + " not in method
     recipe = Recipe(calibration=text, sampler="random-v1", samples=samples, length=length) if reads else Recipe()
-    spec = make_spec(method, target, seed if reads else None, model=shape or "tiny", recipe=recipe)
+    spec = make_spec(
+        method, target, seed if reads else None, model=f"{shape} (random weights)" if shape else "tiny", recipe=recipe
+    )
     source = f"shape:{shape}" if shape else "local"
     spec = spec.model_copy(
         update={"evals": (), "model": spec.model.model_copy(update={"source": source, "dtype": "bfloat16"}), "recipe": recipe}

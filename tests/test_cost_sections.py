@@ -52,9 +52,9 @@ def test_shapes_and_runs_without_evaluations_stand_among_the_costs_and_nowhere_e
     assert {run_id for table in board.sections[0].tables for row in table.rows for run_id in row.ids} == {scored.id}
     assert [(section.machine, section.model, section.is_shape) for section in board.costs] == [
         ("box", "tiny", False),
-        (MACHINE, "llama-2-7b", True),
+        (MACHINE, "llama-2-7b (random weights)", True),
     ]
-    assert board.costs[1].title == "Costs of llama-2-7b in bfloat16, 128 x 2048 tokens"
+    assert board.costs[1].title == "Costs of llama-2-7b (random weights) in bfloat16, 128 x 2048 tokens"
 
 
 def test_dense_failed_refused_and_outdated_runs_are_no_costs() -> None:
@@ -194,7 +194,7 @@ def test_the_page_says_that_weights_are_random_and_keeps_other_sections_as_they_
     head, _, rest = text.partition("## Costs of shapes\n")
     assert head.rstrip() == before.rstrip()
     assert ONLY_COSTS in rest
-    assert rest.count("(random weights)") == 2
+    assert "(random weights)" in rest
     assert "`prunebench run speed-7b`" in rest
     assert "55 | " in rest
     assert "S: read in a secondary source" in rest
@@ -207,7 +207,9 @@ def test_costs_alone_are_a_board() -> None:
     text = leaderboard.to_markdown(board_of(*costs_of_7b()))
     assert "There are no results yet" not in text
     assert board_of(*costs_of_7b()).only("8B").titles == []
-    assert board_of(*costs_of_7b()).only("llama-2").titles == ["Costs of llama-2-7b in bfloat16, 128 x 2048 tokens"]
+    assert board_of(*costs_of_7b()).only("llama-2").titles == [
+        "Costs of llama-2-7b (random weights) in bfloat16, 128 x 2048 tokens"
+    ]
 
 
 def test_costs_are_in_the_exports() -> None:

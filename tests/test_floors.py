@@ -197,6 +197,14 @@ def test_through_a_whole_model_every_gradient_but_the_first_blocks_is_asked_for(
     assert found == pytest.approx(300 * 2 * 1600 * (1 - 1 / 4))
 
 
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 3.0), ("bfloat16", 12.0), ("float64", None)])
+def test_gram_matrices_are_summed_at_the_rate_of_the_models_dtype(dtype: str, rate: float | None) -> None:
+    """And float32 on a GPU may be three products in TF32."""
+    machine = rates(products={"float32": 1.0, "tf32": 9.0, "bfloat16": 12.0})
+    found = product_seconds(Effort(phase="statistics", grams=100), SHAPE, dtype, machine, whole=False)
+    assert found == pytest.approx(100 * 2 * (10**2 + 40**2) / rate if rate else 0.0)
+
+
 def test_of_experts_only_those_count_that_a_token_goes_to() -> None:
     shape = ModelShape(**vars(SHAPE) | {"active": 2400 - 1200})
     assert product_seconds(Effort(phase="propagation", blocks=1), shape, "float32", rates(), False) == 2 * 400

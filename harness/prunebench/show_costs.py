@@ -12,6 +12,7 @@ from prunebench.plain import escape
 from prunebench.results import costs_text
 from prunebench.results.costs_board import CostSection
 from prunebench.results.records import StepRecord
+from prunebench.results.rows import target_title
 
 METHOD_WIDTH = 28
 
@@ -26,7 +27,7 @@ def print_costs(sections: Sequence[CostSection], console: Console) -> None:
         for note in costs_text.section_notes(section):
             console.print(f"  {escape(note.replace('`', ''))}", style="dim", highlight=False)
         for table in section.tables:
-            title = escape(costs_text.table_title(section, table))
+            title = escape(target_title(table.target))
             grid = Table(box=SIMPLE, title=title, title_justify="left", title_style="bold")
             headings = costs_text.headings(section, table)
             lines = [costs_text.texts(section, table, row) for row in table.rows]

@@ -9,8 +9,9 @@ vocabulary, P all prunable weights and L blocks, an effort asks for operations
     factors x  sum of inputs³ / 3                          (of a Cholesky factorisation, the least of what is counted as one)
     sweeps  x  sum of outputs inputs²
 
-over the machine's best matrix rate in the dtype they are computed in (float32 for the last three; TF32 on CUDA for passes that
-a pruner asks for in float32, as those for gradients may run in it: `toolkit/precision.py`), and that bytes move:
+over the machine's best matrix rate in the dtype they are computed in: the model's for Gram matrices too, since products of 16
+bits are exact in float32; float32 for the last two; TF32 on CUDA for passes that a pruner asks for in float32, as those for
+gradients may run in it (`toolkit/precision.py`). And it asks that bytes move:
 
     blocks  the weights once, and the hidden states of a calibration set once, onwards to the next block twice
     grams   every Gram matrix once
@@ -86,8 +87,8 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
         whole: the step takes gradients through the whole model, so that every block but the first is asked for its input's.
     """
     asked = TF32 if effort.dtype == "float32" and TF32 in rates.products else effort.dtype or dtype
-    own, single = best_rate(rates, asked), best_rate(rates, "float32")
-    if own is None or single is None:
+    own, summed, single = (best_rate(rates, name) for name in (asked, dtype, "float32"))
+    if own is None or summed is None or single is None:
         return 0.0
     head = effort.head * (TO_INPUTS / TO_WEIGHTS if effort.phase == "training" else 1.0)
     blocks = 0.0 if is_recomputed(effort) else effort.blocks * (1 - left_out(effort, shape, whole))
@@ -96,7 +97,7 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
     grams = effort.grams * reached * sum(width**2 for width in shape.inputs)
     factors = effort.factors * sum(width**3 for width in shape.inputs) / 3
     sweeps = effort.sweeps * sum(outputs * inputs**2 for outputs, inputs in shape.matrices)
-    return products / own + (grams + factors + sweeps) / single
+    return products / own + grams / summed + (factors + sweeps) / single
 
 
 def is_recomputed(effort: Effort) -> bool:
@@ -141,6 +142,10 @@ def moved_bytes(effort: Effort, shape: ModelShape, dtype: str) -> float:
 
 
 def best_rate(rates: MachineRates, dtype: str) -> float | None:
-    """Operations a second of products in a dtype, or in float32 where that is quicker; None where it was not measured."""
-    own = rates.products.get(dtype)
-    return None if own is None else max(own, rates.products.get("float32", 0.0))
+    """Operations a second of products in a dtype, or in float32 where that is quicker; None where it was not measured.
+
+    One in float32 can be made of three in TF32.
+    """
+    if dtype not in rates.products:
+        return None
+    return max(rates.products[dtype], rates.products.get("float32", 0.0), rates.products.get(TF32, 0.0) / 3)

@@ -12,7 +12,7 @@ from prunebench.report.panels import Panels
 from prunebench.report.specifications import colour
 from prunebench.report.wording import coded, is_numeric, sort_key
 from prunebench.results.costs_board import CostRow, CostSection, CostTable
-from prunebench.results.costs_text import headings, section_notes, table_notes, table_title, texts
+from prunebench.results.costs_text import headings, section_notes, table_notes, texts
 from prunebench.results.rows import target_title
 
 EVALUATION = "costs"
@@ -44,7 +44,7 @@ def _table(section: CostSection, table: CostTable, panels: Panels, palette: Pale
     names = headings(section, table)
     numeric = [index > 0 and is_numeric([line[index] for line in lines]) for index in range(len(names))]
     return {
-        "title": plain(table_title(section, table)),
+        "title": plain(target_title(table.target)),
         "target": target_title(table.target),
         "columns": [{"text": plain(text), "numeric": n} for text, n in zip(names, numeric, strict=True)],
         "rows": [_row(section, row, line, numeric, panels, palette) for row, line in zip(table.rows, lines, strict=True)],

@@ -94,11 +94,6 @@ def table_notes(table: CostTable) -> list[str]:
     return notes
 
 
-def table_title(section: CostSection, table: CostTable) -> str:
-    """A table's target, with the headline of random weights."""
-    return f"{target_title(table.target)}{' (random weights)' if section.is_shape else ''}"
-
-
 def to_markdown(sections: Sequence[CostSection]) -> str:
     """All sections, for the page; below a heading of their own."""
     parts = [f"## {TITLE}", READING]
@@ -110,7 +105,7 @@ def to_markdown(sections: Sequence[CostSection]) -> str:
             frame = pd.DataFrame(rows, columns=[markdown(heading) for heading in headings(section, table)])
             align = ["left"] + ["right"] * (len(frame.columns) - 1)
             drawn = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-            parts.append(f"#### {markdown(table_title(section, table))}\n\n{drawn}")
+            parts.append(f"#### {markdown(target_title(table.target))}\n\n{drawn}")
             parts += [markdown(note) for note in table_notes(table)]
     return "\n\n".join(parts)
 

@@ -211,6 +211,7 @@ def test_when_memory_runs_out_the_blocks_leave_the_device(
     """The host plays the device, on which there is room for one model, or for few activations."""
     request = wanda(bench, tmp_path)
     wanted = scores_of(request)
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "another cache"))  # or the dense model is not needed
     monkeypatch.setattr(Lodging, "can_leave", property(lambda self: self.placement is None))
     if short_of == "the dense model":
         there: list[nn.Module] = []

@@ -16,13 +16,15 @@ import pytest
 import torch
 from support import Bench, cases, same_bits
 from test_artefacts import Maker, replaced_model, replaced_spec
+from test_runner import halve, stranger
 
-from prunebench.bench import runner
+from prunebench.bench import lodging, runner
 from prunebench.bench.artefacts import LIMIT, Artefacts, making
 from prunebench.bench.dense_states import DenseStates
 from prunebench.bench.evals.blockwise import Passage
 from prunebench.bench.plan import RunRequest
 from prunebench.results.records import RunRecord
+from prunebench.spec import Changes, Job
 from prunebench.toolkit.phases import PhaseClock, phase
 from prunebench_pruners.gblm import Gblm
 
@@ -99,6 +101,32 @@ def test_runs_on_one_model_take_its_windows_through_the_dense_blocks_once(
     for one, other, third in zip(shared, apart, plain, strict=True):
         assert one.scores["divergence"].value == other.scores["divergence"].value == third.scores["divergence"].value
         assert one.scores["divergence"].items == other.scores["divergence"].items == third.scores["divergence"].items
+
+
+def test_the_dense_model_is_loaded_only_where_something_of_it_is_needed(
+    bench: Bench, tmp_path: Path, register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    load = lodging.load_model
+    monkeypatch.setattr(lodging, "load_model", lambda *args: (loads.append(1), load(*args))[1])
+
+    def scale_the_last_norm(job: Job) -> None:
+        halve(job)
+        with torch.no_grad():
+            job.model.model.norm.weight.mul_(1.5)
+
+    register(stranger(scale_the_last_norm, changes=Changes.MASK_GROWS | Changes.NORMS))
+    text = f"data={bench.evaluation},window=16,windows=9"
+    asked = [f"divergence[{text}]"]
+    first, second = bench.requests(tmp_path, "wanda", targets=["0.5", "2:4"], evals=asked)
+    (other,) = bench.requests(tmp_path, "stranger", evals=asked)
+    found = []
+    for request, so_far in ((first, 1), (second, 1), (other, 2)):
+        found.append(ran(request).scores["divergence"])
+        assert len(loads) == so_far
+    monkeypatch.setattr("prunebench.bench.evaluation.DenseStates", lambda *_: None)
+    for request, score in zip((first, second, other), found, strict=True):
+        assert ran(request).scores["divergence"].items == score.items
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -25,7 +25,10 @@ from prunebench.toolkit.cache import cache_folder, digest
 _STORED = {torch.bfloat16: torch.int16}
 """What NumPy does not know, as what its bits are stored."""
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
+}
 
 
 class DenseStates:
@@ -39,7 +42,7 @@ class DenseStates:
             *(model.weights, model.dtype, request.machine, torch.device(request.device).type),
             *(str(request.threads or torch.get_num_threads()), version("torch"), version("transformers")),
         )
-        self._waited, self._found = 0.0, False
+        self._waited, self._found, self._made = 0.0, False, False
 
     def __call__(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A tensor kept by an earlier run; made now, and kept, where there is none. Nobody may write into it.
@@ -57,14 +60,14 @@ class DenseStates:
             if (kept := _load(key)) is not None:
                 self._found = True
                 return kept
-            made = make()
+            self._made, made = True, make()
             _save(key, made, limit)
         return made
 
     def settle(self, note: Callable[[str, str], None]) -> float:
         """Seconds that the last evaluation waited for another run; notes that it took what another has made."""
-        waited, found = self._waited, self._found
-        self._waited, self._found = 0.0, False
+        waited, found = self._waited, self._found and not self._made
+        self._waited, self._found, self._made = 0.0, False, False
         if found:
             note("the dense model", "its last hidden states are those that another run has kept")
         return waited

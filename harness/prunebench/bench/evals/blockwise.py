@@ -21,7 +21,7 @@ from prunebench.handles import DenseWeights, Placement
 from prunebench.spec import EvalJob, Job, Needs
 from prunebench.targets import Dense
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
-from prunebench.toolkit.cache import digest_array
+from prunebench.toolkit.cache import digest, digest_array
 from prunebench.toolkit.placement import HostActivations
 from prunebench.toolkit.recorder import record_arguments, replaced
 from prunebench.toolkit.stream import Stream, evaluating
@@ -33,46 +33,54 @@ Predictor = Callable[[torch.Tensor], torch.Tensor]
 
 def predictor(job: EvalJob, windows: Windows) -> Predictor:
     """What the job's model predicts: by its own forward, or block by block where it is not on the device as a whole."""
-    return _own_forward(job.model) if job.placement is None else _blockwise(job, job.model, windows, None)
+    return _own_forward(job.model) if job.placement is None else _blockwise(job, job.model, windows)
 
 
 def dense_predictor(job: EvalJob, windows: Windows) -> Predictor:
-    """What the dense model predicts, from its last hidden states where these can be kept for other runs."""
-    dense = job.dense()
-    if job.placement is None and job.artefact is None:
-        return _own_forward(dense)
-    return _blockwise(job, dense, windows, job.artefact)
+    """What the dense model predicts, from its last hidden states where these can be kept for other runs.
+
+    Where another run has kept them and the pruned model is the same outside its blocks, the dense model is not even loaded.
+    """
+    if job.artefact is None:
+        return _own_forward(job.dense()) if job.placement is None else _blockwise(job, job.dense(), windows)
+    try:
+        outside = job.artefact("what is in no block, its digest", lambda: digest_outside(job.dense()))
+        name = f"last hidden states {digest_array(windows.ids.numpy())} in batches of {windows.batch}"
+        hidden = job.artefact(name, lambda: Passage(job, job.dense(), windows).last_hidden())
+        same = torch.equal(outside, digest_outside(job.model))
+        return Passage(job, job.model if same else job.dense(), windows).behind(hidden)
+    except (ModelError, Refused):
+        return _own_forward(job.dense())
+
+
+def digest_outside(model: PreTrainedModel) -> torch.Tensor:
+    """The digest of all that is in no block, parameters, buffers and the number of hooks, as sixteen numbers.
+
+    Raises:
+        ModelError, Refused: the model has no blocks that can be told.
+    """
+    inside = {id(module) for block in find_anatomy(model).blocks for module in block.module.modules()}
+    parts: list[bytes | str] = []
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            parts += [name, str(len(module._forward_hooks) + len(module._forward_pre_hooks))]
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                data = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+                parts += [key, str(tensor.dtype), data.numpy().tobytes()]
+    return torch.tensor([int(digit, 16) for digit in digest(parts)])
 
 
 def _own_forward(model: PreTrainedModel) -> Predictor:
     return lambda ids: cast(torch.Tensor, model(input_ids=ids, use_cache=False).logits)
 
 
-def _blockwise(
-    job: EvalJob,
-    model: PreTrainedModel,
-    windows: Windows,
-    artefact: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None,
-) -> Predictor:
-    """Take all windows through the blocks now, or find where that led an earlier run; the top is left to the predictor."""
+def _blockwise(job: EvalJob, model: PreTrainedModel, windows: Windows) -> Predictor:
+    """Take all windows through the blocks now; what is above them is left to the predictor."""
     try:
         passage = Passage(job, model, windows)
-        if artefact is None:
-            hidden = passage.last_hidden()
-        else:
-            name = f"last hidden states {digest_array(windows.ids.numpy())} in batches of {windows.batch}"
-            hidden = artefact(name, passage.last_hidden)
-            passage.prepare()
+        return passage.behind(passage.last_hidden())
     except (ModelError, Refused):  # no blocks that can be run one by one: they come and go within the model's own forward
         return _own_forward(model)
-    done = 0
-
-    def predict(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal done
-        done += len(ids)
-        return passage.top(hidden[done - len(ids) : done], ids)
-
-    return predict
 
 
 class Passage:
@@ -117,8 +125,8 @@ class Passage:
         self._returning = stream.returning
         return stream.outputs()
 
-    def prepare(self) -> None:
-        """See how the blocks return hidden states, where an earlier run has taken the windows through them.
+    def behind(self, hidden: torch.Tensor) -> Predictor:
+        """What the model predicts of its last hidden states, [windows, window, hidden], which another run may have made.
 
         Raises:
             Refused: the model's blocks cannot be run one by one.
@@ -127,6 +135,14 @@ class Passage:
             first = self.anatomy.blocks[0].module
             with brought(self._job.placement, first), torch.no_grad(), evaluating(self._model):
                 self._returning = record_arguments(self._job)[0].returning
+        done = 0
+
+        def predict(ids: torch.Tensor) -> torch.Tensor:
+            nonlocal done
+            done += len(ids)
+            return self.top(hidden[done - len(ids) : done], ids)
+
+        return predict
 
     def top(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits [windows, window, vocabulary], by the model's own forward above the blocks.

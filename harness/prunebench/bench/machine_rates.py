@@ -4,13 +4,15 @@ Floors rest on these rates (`floors.py`), so they may be too high and never too 
 repetitions, never a mean. On a CPU one thread is measured, by the time in which it had a core, and counted so many times as a
 run has threads: other processes may have the cores meanwhile, and several threads would wait for each other wherever another
 process has one. Threads that share a core, a cache or the memory's bus do less together than so many times what one does
-alone; floors are then lower than they could be, and still floors.
+alone; floors are then lower than they could be, and still floors. On a GPU that another process uses meanwhile rates come out
+too low: where a phase is then found below its floor, remove the file, and `machine` in the cache; the next sweep measures anew.
 
 `rates.py` measures at a model's sizes what runs are expected to take; these are of the machine alone, and kept with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -111,7 +113,9 @@ def measured_rates(device: torch.device, name: str, driver: str | None, version:
 def _best_product(dtype: torch.dtype, device: torch.device) -> float:
     """Operations a second at the best size that fits, by the quicker of the ways that passes have (`toolkit/products.py`)."""
     best = 0.0
-    ways = [torch.mm, partial(weight_gradient, transposed=False)] if (device.type, dtype) == QUICKER else [torch.mm]
+    ways: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.mm]
+    if (device.type, dtype) == QUICKER:
+        ways.append(partial(weight_gradient, transposed=False))
     for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
         try:
             first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))

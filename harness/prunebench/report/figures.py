@@ -202,7 +202,8 @@ class _Drawer:
 
     def _mark(self, table: Table, row: Row) -> Mark:
         runs = self._of(row)
-        speeds = [s.value for run in runs for s in run.scores.values() if s.unit == SPEED_UP and s.value is not None]
+        told = () if self._section.unit == SPEED_UP else runs  # against itself it says nothing
+        speeds = [s.value for run in told for s in run.scores.values() if s.unit == SPEED_UP and s.value is not None]
         low, high = band_of(row, self._section.is_ratio)
         return Mark(
             method=row.method,

@@ -14,11 +14,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="prunebench-datasets-")
-# Without a GPU Triton's kernels are interpreted, which it decides when it is imported; on a GPU its tests run compiled.
-os.environ["TRITON_INTERPRET"] = "0" if Path("/dev/nvidiactl").exists() else "1"
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels are interpreted, which it decides when it is imported, by transformers; with one, compiled.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from support import Bench, Ran, make_bench, write_mirror
 from transformers.utils import logging
 

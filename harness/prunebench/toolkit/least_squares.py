@@ -21,7 +21,7 @@ import torch
 from prunebench.errors import NonFiniteError, RunError
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import kernels
-from prunebench.toolkit.masks import keep_in_groups, keep_mask, keep_slab
+from prunebench.toolkit.masks import keep_in_groups, keep_slab
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.scores import at_least_float32
 
@@ -124,9 +124,10 @@ class ThresholdRule:
     def __call__(self, scores: torch.Tensor, columns: slice) -> torch.Tensor:
         """As `Choose`."""
         scores = _removed_first(scores, self._removed, columns)
-        self.exact[:, columns] = keep_mask(scores, self._target, "matrix")
-        count = self._target.removed(scores.numel())
-        return scores > scores.flatten().kthvalue(count + 1).values if count else self.exact[:, columns]
+        exact = keep_slab(scores, self._target)
+        self.exact[:, columns] = exact
+        # The least score that stays under exact counts is the threshold, and so goes, too.
+        return scores > scores.masked_fill(~exact, torch.inf).amin() if self._target.removed(scores.numel()) else exact
 
 
 def choose_given(keep: torch.Tensor) -> Choose:

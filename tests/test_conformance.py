@@ -41,7 +41,6 @@ from prunebench.testing import (
     random_tokens,
     tiny_model,
 )
-from prunebench.testing.trial import label
 from prunebench.toolkit import Retraining, keep_mask, magnitude_scores
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before
@@ -108,12 +107,6 @@ def test_registered(pruner: Callable[[], Pruner], check: Callable[..., None], fa
         [Gblm, OPTIMISED, SparseGpt, Wanda, partial(Perp, mode="reconstruct", **FEW)],
         families=["mixtral"],
         checks=["earlier_zeros", "batch_splits", "streaming", "channels_commute", "pruned_prefix", "resumes"],
-        excuses={
-            label(OPTIMISED): {
-                "pruned_prefix": "a pruned block is its own teacher, but of one sequence and of a batch, in which other tokens "
-                "meet an expert, outputs differ in last bits, of which RMSprop makes whole steps"
-            }
-        },
     )
 )
 def test_registered_on_a_mixture(pruner: Callable[[], Pruner], check: Callable[..., None], family: str) -> None:

@@ -74,7 +74,7 @@ class Experts(nn.ModuleList):
         assert up is not None
         assert down is not None
         kind = _Kind(fused)
-        super().__init__(Expert(*(_view(p, index) for p in (up, down)), kind) for index in range(len(up)))
+        super().__init__(Expert(_view(up, index), _view(down, index), kind) for index in range(len(up)))
         self._kind = kind
         self._shown: frozenset[int] = frozenset()
         self.chosen: torch.Tensor | None = None
@@ -210,8 +210,8 @@ def idle_weights(model: nn.Module, ways: int | None) -> int:
     for parent in model.modules():
         for experts in parent.children():
             if isinstance(experts, Experts):
-                said = [m.top_k for m in parent.modules() if isinstance(getattr(m, "top_k", None), int)]
-                met = int(said[0]) if said else ways or len(experts)
+                said = (getattr(module, "top_k", None) for module in parent.modules())
+                met = next((top for top in said if isinstance(top, int)), ways or len(experts))
                 weights = sum(parameter.numel() for parameter in experts.parameters())
                 idle += weights - weights * met // len(experts)
     return idle

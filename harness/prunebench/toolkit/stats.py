@@ -161,7 +161,7 @@ class SharedStatistics:
                 if of is None or not statistic.by_sequence:
                     statistic.add(taken, sequences)
                 else:
-                    for sequence in of.unique().tolist():
+                    for sequence in sorted(set(of.tolist())):
                         statistic.add(taken[of == sequence], 1)
         self._last = (inputs, self._of[name])
 

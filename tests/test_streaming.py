@@ -30,6 +30,7 @@ from prunebench.targets import Unstructured
 from prunebench.testing.lanes import LateLane
 from prunebench.toolkit import Block, InputNorm, keep_mask, magnitude_scores, walk
 from prunebench.toolkit.placement import HostActivations, Resident, Streaming, place_model, tensors_of
+from prunebench.toolkit.shelf import Shelf
 from prunebench.toolkit.transfer import CudaLane, Pairs, Ticket
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
@@ -396,6 +397,22 @@ def test_a_placed_model_has_its_blocks_on_the_host_and_is_otherwise_the_same() -
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     place_model(model, blocks, Resident("meta"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_what_is_put_away_comes_back_last_first_and_whole() -> None:
+    lane = LateLane(torch.device("cpu"))
+    for there in (True, False):
+        shelf, hidden = Shelf(torch.device("cpu"), there, lambda device: lane), torch.zeros(2, 3)
+        for number in range(5):
+            hidden.fill_(number)  # written into at once, as a block's outputs are
+            shelf.append(hidden)
+        earlier = None
+        for number in reversed(range(5)):
+            found = shelf.pop()
+            assert found.tolist() == [[number] * 3] * 2
+            assert earlier is None or earlier.tolist() == [[number + 1] * 3] * 2  # what is still being read
+            earlier = found
+    assert (lane.open, lane.begun) == (0, 5)
 
 
 # On a GPU, and as far as it goes without one

@@ -59,6 +59,7 @@ class LateLane:
         last = max((i for i, copy in enumerate(self._under_way) if copy.ticket is ticket), default=-1)
         for copy in self._under_way[: last + 1]:
             copy.check()
+            copy.checked = True
             if host or not copy.out:
                 copy.target.copy_(copy.value)
         self._under_way = [c for i, c in enumerate(self._under_way) if i > last or (c.out and not host)]

@@ -57,8 +57,9 @@ class Resident:
         return tensor.to(self.device)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A batch of activations on the device; a copy, so that a block may write into its input."""
-        return tensor.to(self.device, copy=True)
+        """A batch of activations on the device; a copy, so that a block may write into its input. From pinned memory the host
+        does not wait for it."""
+        return tensor.to(self.device, non_blocking=True, copy=True)
 
     def room(self, like: torch.Tensor, sequences: int) -> torch.Tensor:
         """An empty tensor for so many sequences like the first of `like`, where activations rest."""

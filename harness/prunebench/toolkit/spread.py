@@ -104,7 +104,7 @@ class Spread(Resident):
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device of the block that was brought last."""
-        return tensor.to(self._present, copy=True)
+        return tensor.to(self._present, non_blocking=True, copy=True)
 
     def store(self, resting: torch.Tensor, rows: slice, batch: torch.Tensor) -> None:
         """Write a batch back to the first device."""

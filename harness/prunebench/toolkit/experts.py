@@ -124,8 +124,7 @@ class Experts(nn.ModuleList):
         """A fused module with these experts' numbers, which from then on are views of its parameters."""
         shell = _with_parameters(self._kind.shell, {})
         for name in (UP, DOWN):
-            weights = [expert.get_submodule(name).weight for expert in self]
-            assert isinstance(weights[0], nn.Parameter)
+            weights = [expert.get_parameter(f"{name}.weight") for expert in self]
             parameter = nn.Parameter(torch.stack([w.detach() for w in weights]), weights[0].requires_grad)
             for weight, part in zip(weights, parameter.data, strict=True):
                 weight.data = part  # the numbers are in memory once

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,7 +311,8 @@ def test_who_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNEBENCH_KERNELS", "off")
     assert kernels.report() == {"all": "off, by PRUNEBENCH_KERNELS"}
     monkeypatch.setenv("PRUNEBENCH_KERNELS", "on")
-    assert kernels.report() == {"rows on cpu": kernels.IN_USE, "rows on cuda:0": kernels.IN_USE}
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.0"))
+    assert kernels.report() == {"rows on cpu": kernels.IN_USE, "rows on cuda:0": kernels.IN_USE, "triton": "3.0"}
     monkeypatch.setenv("PRUNEBENCH_KERNELS", "perhaps")
     with pytest.raises(RunError, match="'perhaps', and none of on, off and interpret"):
         kernels.use(host, "rows")

@@ -17,13 +17,15 @@ from prunebench.bench.plan import RunRequest
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
 from prunebench.spec import JsonDict, Pruner
+from prunebench.toolkit import kernels
 
 
 def origin(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
     """By name, in words that a note may use; the batch size is 0 where the run leaves the choice."""
     registry = load_registry()
     plugins = [*pruners, *(registry.eval(parse_step(text)) for text in request.eval_texts)]
-    return {
+    gpu = {"kernels": kernels.mode()} if request.device.startswith("cuda") else {}
+    return gpu | {
         "run": request.spec.id,
         "machine": request.machine,
         "device": f"{torch.device(request.device).type}, {machine.device_name(request.device)}",

@@ -10,6 +10,7 @@ come without it.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
@@ -85,12 +86,14 @@ def run(device: torch.device, name: str, work: Callable[[ModuleType], _T | None]
 
 
 def report() -> dict[str, str]:
-    """What has become of each kernel that was asked for in this process: `in use`, or why not. A device is named where
-    there are several."""
+    """What has become of each kernel that was asked for in this process, `in use` or why not, and the version of triton where
+    it has compiled one. A device is named where there are several."""
     if mode() == "off":
         return {"all": "off, by PRUNEBENCH_KERNELS"}
     several = len({device for device, _ in _verdicts}) > 1
-    return {f"{name} on {device}" if several else name: verdict for (device, name), verdict in sorted(_verdicts.items())}
+    found = {f"{name} on {device}" if several else name: verdict for (device, name), verdict in sorted(_verdicts.items())}
+    triton = sys.modules.get("triton")
+    return found | {"triton": str(triton.__version__)} if triton and IN_USE in found.values() else found
 
 
 def fits(*tensors: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from prunebench.bench.measure import Cost
 from prunebench.bench.plan import RunRequest
 from prunebench.results.records import RunRecord, StepRecord
 from prunebench.spec import Job, Needs, Pruner
-from prunebench.toolkit import phase
+from prunebench.toolkit import InputNorm, phase, walk
 from prunebench.toolkit.cache import save_arrays
 from prunebench.toolkit.placement import Resident
 from prunebench_pruners.gblm import Gblm
@@ -131,8 +131,24 @@ def test_a_reused_one_costs_what_it_had_cost_but_not_its_loading(
     assert same_bits(found[0]["made"], found[1]["made"])
 
 
+def walking_step(job: Job) -> None:
+    """Makes its artefact of batches."""
+
+    def make() -> dict[str, torch.Tensor]:
+        for block in walk(job):
+            block.collect(InputNorm)
+        return {"made": torch.ones(3)}
+
+    job.artefact("thing", make)
+    halve(job)
+
+
 def test_what_half_the_batch_made_is_not_kept(
-    bench: Bench, tmp_path: Path, kept: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
+    bench: Bench,
+    tmp_path: Path,
+    kept: Callable[[], list[Path]],
+    register: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fetch = Resident.fetch
 
@@ -141,13 +157,14 @@ def test_what_half_the_batch_made_is_not_kept(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return fetch(self, tensor)
 
-    (request,) = bench.requests(tmp_path, "gblm")
+    register(stranger(walking_step, needs=Needs.CALIBRATION))
+    (request,) = bench.requests(tmp_path, "stranger")
     with monkeypatch.context() as scarcity:
         scarcity.setattr(Resident, "fetch", scarce)
         assert "batch size halved to 1" in step_of(ran(request)).notes
     assert kept() == []
     assert step_of(ran(request)).reused == []
-    assert step_of(ran(request)).reused == ["loss gradients l1"]
+    assert step_of(ran(request)).reused == ["thing"]
 
 
 def test_a_later_step_finds_nothing(

@@ -218,7 +218,7 @@ def test_costs_are_in_the_exports() -> None:
     [costs] = ExportedBoard.model_validate(data).costs
     assert len(costs.rows) == 12
     assert costs.random_weights
-    assert json.loads(to_json(board_of(make_record())))["costs"] == []
+    assert "costs" not in json.loads(to_json(board_of(make_record())))
     lines = list(csv.DictReader(io.StringIO(costs_to_csv(board.costs))))
     assert list(lines[0]) == list(COLUMNS)
     wanda = next(line for line in lines if line["method"] == "wanda" and line["target"] == "2:4")

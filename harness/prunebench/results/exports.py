@@ -159,7 +159,9 @@ def exported(board: Board, published: Sequence[Beside] = ()) -> ExportedBoard:
 
 def to_json(board: Board, published: Sequence[Beside] = ()) -> str:
     """The board as JSON; `ExportedBoard.model_json_schema()` describes it."""
-    return json.dumps(exported(board, published).model_dump(mode="json", by_alias=True), indent=1, allow_nan=False) + "\n"
+    left_out = None if board.costs else {"costs"}  # a board without any has the bytes that it always had
+    data = exported(board, published).model_dump(mode="json", by_alias=True, exclude=left_out)
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def _section(section: Section) -> ExportedSection:

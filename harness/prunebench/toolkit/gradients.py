@@ -20,11 +20,11 @@ from prunebench.spec import Job, Matrix
 from prunebench.toolkit.arranging import footprint
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import Resident
-from prunebench.toolkit.precision import single_precision
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.recorder import replaced
 from prunebench.toolkit.sample_gradients import SampleGradients, together
 from prunebench.toolkit.scores import at_least_float32
+from prunebench.toolkit.shelf import Shelf
 from prunebench.toolkit.stream import Stream, evaluating
 from prunebench.toolkit.walk import Block
 
@@ -39,8 +39,7 @@ def loss_gradients(job: Job, reduce: Literal["l1", "l2"] = "l1") -> dict[str, to
     """Gradients of each sample's loss with respect to every matrix of the model as it is, reduced over samples.
 
     The loss of a sample is the mean cross-entropy of its `length - 1` later tokens. Blocks run forward in the model's dtype
-    and backward in float32 (float64 where the model is); norm and head above them work in the model's dtype. On CUDA float32
-    products may be TF32 (`precision.py`).
+    and backward in float32 (float64 where the model is); norm and head above them work in the model's dtype.
 
     Args:
         job: the model and its calibration sequences [samples, length].
@@ -75,7 +74,7 @@ def _at_once(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
     matrices, tokens = job.anatomy.matrices, job.calibration
     found = SampleGradients([_stored(matrix.module) for matrix in matrices], reduce)
     done = 0
-    with phase("statistics"), evaluating(job.model), single_precision(job.device):
+    with phase("statistics"), evaluating(job.model):
         for part in found.parts([tokens], job.batch_size):
             job.progress("gradients", done, len(tokens))
             ids = part.to(job.device)
@@ -120,29 +119,28 @@ class _Samples(Stream):
 
 def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
     """All samples forward, and from the last block down all of them back."""
-    stream, kept, place = _Samples(job), list[torch.Tensor](), torch.device("cpu")
+    stream, kept = _Samples(job, quickly=True), Shelf(job.device, there=True)
     blocks = job.anatomy.blocks
     try:
-        with single_precision(job.device):
-            for index, handle in enumerate(blocks):
-                job.progress("forward", index, len(blocks))
-                job.placement.bring(handle.module)
-                try:
-                    stream.expect(index + 1)
-                    inputs = stream.inputs(index)
-                    place = place if index else _resting_place(inputs.device, inputs.nbytes * len(blocks))
-                    kept.append(inputs.to(place, copy=True))
-                    with quick(handle.module):
-                        stream.propagate(index)
-                finally:
-                    job.placement.drop(handle.module)
-            gradients = _at_the_top(job, stream)
-            found: dict[str, torch.Tensor] = {}
-            for index in reversed(range(len(blocks))):
-                job.progress("backward", len(blocks) - 1 - index, len(blocks))
-                totals = _through_block(job, stream, index, kept.pop(), gradients, reduce)
-                found |= _on_the_host(blocks[index].matrices, totals)
-            job.progress("backward", len(blocks), len(blocks))
+        for index, handle in enumerate(blocks):
+            job.progress("forward", index, len(blocks))
+            job.placement.bring(handle.module)
+            try:
+                stream.expect(index + 1)
+                inputs = stream.inputs(index)
+                if not index:
+                    kept = Shelf(job.device, _resting_place(inputs.device, inputs.nbytes * len(blocks)) == inputs.device)
+                kept.append(inputs)
+                stream.propagate(index)
+            finally:
+                job.placement.drop(handle.module)
+        gradients = _at_the_top(job, stream)
+        found: dict[str, torch.Tensor] = {}
+        for index in reversed(range(len(blocks))):
+            job.progress("backward", len(blocks) - 1 - index, len(blocks))
+            totals = _through_block(job, stream, index, kept.pop(), gradients, reduce)
+            found |= _on_the_host(blocks[index].matrices, totals)
+        job.progress("backward", len(blocks), len(blocks))
     finally:
         job.placement.expect(None)
         stream.close()

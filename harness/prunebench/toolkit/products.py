@@ -2,7 +2,8 @@
 
 MKL, which PyTorch's `mm` calls on a host, keeps to its AVX2 kernels on processors that Intel did not make; oneDNN, which
 PyTorch holds too, takes AVX-512 wherever it is. On a Zen 5 core that is 210 GFLOP/s instead of 97. Sums are then taken in
-another order: the last bits differ. Which of the two is used is decided by the processor, never by a measurement.
+another order: the last bits differ. Which of the two is used is decided by the processor, never by a measurement. On CUDA a
+product is made of three on tensor cores (`precision.py`).
 
 A `Taker` is shown what each product read and the gradient at its output, and autograd makes no weight gradient of its own: a
 sum over all samples of a batch, where the methods want each sample's.
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from prunebench.toolkit.precision import in_three, suits_three
 
 WORTH_IT = 1 << 22
 """Multiplications in a product from which another kernel pays for being asked."""
@@ -124,13 +127,16 @@ def weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, transposed: b
         rows, columns = columns, rows
     if _suits_onednn(rows.t(), columns.t()):
         return _onednn(rows.t(), columns.t(), None)
-    return torch.mm(rows.t(), columns)
+    return in_three(rows.t(), columns) if suits_three(rows, columns) else torch.mm(rows.t(), columns)
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`X W' + b` for W [outputs, inputs]."""
     if _suits_onednn(inputs, weight):
         return _onednn(inputs, weight, bias)
+    if suits_three(inputs, weight):
+        found = in_three(inputs.reshape(-1, inputs.shape[-1]), weight.t()).view(*inputs.shape[:-1], len(weight))
+        return found if bias is None else found.add_(bias)
     return nn.functional.linear(inputs, weight, bias)
 
 

@@ -7,7 +7,7 @@ The batch is what the job says, or what pays; it is halved when memory runs out,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from prunebench.toolkit.gathering import Starved
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import paying_batch
+from prunebench.toolkit.products import quick
 from prunebench.toolkit.recorder import BlockCall, record_arguments, record_calls, unpack
 
 _T = TypeVar("_T")
@@ -27,8 +28,9 @@ _T = TypeVar("_T")
 class Stream:
     """The calibration set in front of one block after the other."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, quickly: bool = False) -> None:
+        """`quickly`: blocks multiply as `products.quick` has it, which may change last bits."""
+        self._job, self._quickly = job, quickly
         self._hidden: torch.Tensor | None = None
         self._calls: list[BlockCall] = []
         self._at = 0
@@ -56,7 +58,7 @@ class Stream:
         """What a block, or a copy of it, makes of a hidden state, with the arguments that the model gives the block."""
         if not self._calls:
             self.resting(index)
-        with evaluating(module):
+        with evaluating(module), quick(module) if self._quickly else nullcontext():
             args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype, hidden.device)
             return unpack(module(hidden, *args, **kwargs))
 

@@ -19,7 +19,6 @@ from torch import nn
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.gathering import gather
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.precision import single_precision
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.resuming import Bookmark
 from prunebench.toolkit.sample_gradients import Reduce, SampleGradients
@@ -27,7 +26,7 @@ from prunebench.toolkit.stats import Statistic
 from prunebench.toolkit.stream import Stream
 
 
-def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
+def walk(job: Job, carries: Sequence[object] = (), *, quickly: bool = False) -> Iterator[Block]:
     """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones.
 
     A run that was killed may start at a later block, the ones before it put back as they were (`Claims.BLOCKWISE`).
@@ -36,8 +35,9 @@ def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
         job: of the step.
         carries: what the loop's body keeps from block to block: random generators, lists, dictionaries, objects that hold
             such things, tensors, numbers and strings. They are put back too.
+        quickly: products of the blocks are those of `products.py`: faster on some machines, and other in their last bits.
     """
-    stream = Stream(job)
+    stream = Stream(job, quickly)
     blocks = job.anatomy.blocks
     bookmark = Bookmark(job, stream, carries)
     try:
@@ -148,7 +148,7 @@ class Replica:
         return module
 
     def collect(self, *kinds: type[Statistic], inputs: torch.Tensor | None = None, samples: Sequence[int] | None = None) -> Any:
-        """As `Block.collect`, of what the copy's matrices read; its products may be TF32 (`precision.py`).
+        """As `Block.collect`, of what the copy's matrices read.
 
         Args:
             kinds: classes of statistics, any number in one pass.
@@ -163,7 +163,7 @@ class Replica:
             return self._block.batches() if samples is None else self.inputs(samples)
 
         def attempt() -> Any:
-            with quick(self.module), single_precision(self.device):
+            with quick(self.module):
                 return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
 
         return stream.halving(attempt, self._block.index)
@@ -198,8 +198,7 @@ class Replica:
         """
 
         def attempt() -> dict[Matrix, torch.Tensor]:
-            with single_precision(self.device):
-                return self._sampled(loss, reduce, see)
+            return self._sampled(loss, reduce, see)
 
         with phase("statistics"):
             return self._block._stream.halving(attempt, self._block.index)

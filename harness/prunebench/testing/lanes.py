@@ -57,10 +57,11 @@ class LateLane:
     def reach(self, ticket: LateTicket, host: bool) -> None:
         """All copies up to those of a ticket are done: for the device, or for the host as well."""
         last = max((i for i, copy in enumerate(self._under_way) if copy.ticket is ticket), default=-1)
-        for copy in self._under_way[: last + 1]:
+        for number, copy in enumerate(self._under_way[: last + 1]):
             copy.check()
             copy.checked = True
-            if host or not copy.out:
+            again = any(_overlap(copy.target, later.target) for later in self._under_way[number + 1 :])
+            if (host or not copy.out) and not again:  # a later copy may have written there already
                 copy.target.copy_(copy.value)
         self._under_way = [c for i, c in enumerate(self._under_way) if i > last or (c.out and not host)]
 
@@ -145,6 +146,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """Equal for NaN as well."""
     flat = tensor.detach().contiguous()
     return flat.view(torch.uint8) if flat.ndim else flat.reshape(1).view(torch.uint8)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors without gaps share memory."""
+    return one.data_ptr() < other.data_ptr() + other.nbytes and other.data_ptr() < one.data_ptr() + one.nbytes
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

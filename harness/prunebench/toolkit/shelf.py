@@ -61,4 +61,4 @@ class Shelf:
         if len(self._buffers) < 2:
             self._buffers.append(self._lane.room(like.shape, like.dtype))
             return self._buffers[-1]
-        return self._buffers[self._turn % 2]
+        return self._buffers[(self._turn - 1) % 2]

@@ -121,13 +121,14 @@ def test_inputs_that_would_fill_the_device_are_kept_on_the_host(free: int, place
     assert gradients._resting_place(torch.device("cpu"), 50).type == "cpu"
 
 
-def test_where_inputs_are_kept_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are copies in any case: the walk's own are overwritten."""
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_where_inputs_are_kept_changes_no_bit(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copies in any case: the walk's own are overwritten. What is kept elsewhere is kept on the host."""
     asked: list[int] = []
     job = make_job(tiny(), tokens_of())
     wanted = loss_gradients(job)  # at once
     by_blocks(monkeypatch)
-    monkeypatch.setattr(gradients, "_resting_place", lambda device, wanted: asked.append(wanted) or torch.device("cpu"))
+    monkeypatch.setattr(gradients, "_resting_place", lambda device, wanted: asked.append(wanted) or torch.device(place))
     found = loss_gradients(job)
     assert all(same_bits(gradient, found[name]) for name, gradient in wanted.items())
     size = job.calibration.numel() * 16 * 4

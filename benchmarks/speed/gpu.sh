@@ -213,6 +213,7 @@ run_all() {
     pack
     [ "$name" = environment ] && [ $failed -eq 1 ] && break  # nothing else can go well
   done
+  pack
   session summary "$STATE"/results* | tee "$OUT/summary.txt"
   [ $failed -eq 1 ] && return 1
   [ $more -eq 1 ] && return 75

@@ -70,6 +70,7 @@ def small(suite: Path, out: Path, shape: str, dtype: str) -> None:
 class Cost:
     """What a run cost."""
 
+    model: str
     method: str
     target: str
     status: str
@@ -82,7 +83,7 @@ class Cost:
 
 def costs(results: Path) -> Iterator[Cost]:
     """Of every record in a results folder."""
-    for path in sorted(results.rglob("*.json")):
+    for path in sorted(results.glob("[!.]*/*/*.json")):  # <machine>/<model>/: no pages of what is at work
         record = json.loads(path.read_text(encoding="utf-8"))
         if "spec" not in record or "steps" not in record:
             continue
@@ -96,6 +97,7 @@ def costs(results: Path) -> Iterator[Cost]:
         device = [step["peak_device_bytes"] or step["peak_host_bytes"] for step in record["steps"]]
         scores = {name: score["value"] or score.get("reason") for name, score in record.get("scores", {}).items()}
         yield Cost(
+            model=record["spec"]["model"]["name"],
             method=" + ".join(step["text"] for step in record["spec"]["steps"]),
             target=record["spec"]["target"],
             status=record["status"] if record["status"] == "ok" else f"{record['status']}: {record.get('reason')}",
@@ -115,7 +117,9 @@ def summary(folders: list[Path]) -> None:
             peak = "" if cost.peak is None else f", peak {cost.peak / 2**30:.1f} GiB"
             end = f" [{cost.score}]" if cost.score else ""
             told = f"{cost.seconds:.2f} s, {floor} ({cost.phases}){peak}"
-            print(f"{folder.name} | {cost.method} | {cost.target} | {told if cost.status == 'ok' else cost.status}{end}")
+            print(
+                f"{folder.name} | {cost.model} | {cost.method} | {cost.target} | {told if cost.status == 'ok' else cost.status}{end}"
+            )
 
 
 def failed(results: Path) -> int:

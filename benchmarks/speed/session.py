@@ -117,9 +117,8 @@ def summary(folders: list[Path]) -> None:
             peak = "" if cost.peak is None else f", peak {cost.peak / 2**30:.1f} GiB"
             end = f" [{cost.score}]" if cost.score else ""
             told = f"{cost.seconds:.2f} s, {floor} ({cost.phases}){peak}"
-            print(
-                f"{folder.name} | {cost.model} | {cost.method} | {cost.target} | {told if cost.status == 'ok' else cost.status}{end}"
-            )
+            what = f"{folder.name} | {cost.model} | {cost.method} | {cost.target}"
+            print(f"{what} | {told if cost.status == 'ok' else cost.status}{end}")
 
 
 def failed(results: Path) -> int:

@@ -26,7 +26,7 @@ from prunebench.spec import EvalFacts, EvalJob
 from prunebench.testing.lanes import LateLane
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.arranging import Arrangement
-from prunebench.toolkit.placement import Streaming
+from prunebench.toolkit.placement import Streaming, place_model
 from prunebench.toolkit.spread import Spread
 from prunebench.toolkit.visiting import Visits, visiting
 
@@ -108,6 +108,27 @@ def test_block_by_block_the_numbers_are_the_same(family: str, kind: type[WindowE
         apart = evaluation.again(job, chosen)  # type: ignore[attr-defined]
         job.placement = Visits(Counted())
         assert evaluation.again(job, chosen) == apart  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("kind", EVALS, ids=lambda kind: kind.name)
+def test_on_a_gpu_blocks_come_from_the_host_and_the_numbers_are_the_same(
+    kind: type[WindowEval], asked: Callable[..., Any]
+) -> None:
+    device = torch.device("cuda")
+    dense = tiny(vocab_size=LETTERS)
+    pruned = disturbed(dense)
+    evaluation, job = asked(kind, pruned.to(device), dense.to(device))
+    job.device = device
+    wanted = evaluation.measure(job)
+    placement = Streaming(device)
+    for model in (dense, pruned):
+        place_model(model, blocks_of(model), placement)
+    job.placement = visits = Visits(placement)
+    with visiting(blocks_of(dense), visits), visiting(blocks_of(pruned), visits):
+        assert evaluation.measure(job) == wanted
+    assert {parameter.device.type for block in blocks_of(pruned) for parameter in block.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", EVALS, ids=lambda kind: kind.name)

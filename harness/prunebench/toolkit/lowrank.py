@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunebench.toolkit.masks import pack_bits, unpack_bits
 from prunebench.toolkit.scores import at_least_float32
 
 Kind = Literal["lora", "lora_prune", "mask_lora", "scale_lora"]
@@ -53,7 +54,7 @@ class LowRank:
         """
         self.module, self.kind, self.scale = module, kind, alpha / rank
         self._weight = weight.detach()
-        self._mask = None if mask is None else mask.to(weight.device)
+        self._mask = None if mask is None else _stored(mask, weight.device)
         outputs, inputs = weight.shape
         dtype = at_least_float32(weight[:0]).dtype
         if kind == "scale_lora":
@@ -104,19 +105,34 @@ class LowRank:
         if self.kind == "scale_lora":
             return weight * product
         product *= self.scale
-        return weight + (product if self._mask is None or self.kind != "mask_lora" else product * self._mask)
+        mask = self._unpacked() if self.kind == "mask_lora" else None
+        return weight + (product if mask is None else product * mask)
 
     def merged_weight(self) -> torch.Tensor:
         """The weight to keep, [outputs, inputs] in the factors' dtype; zero wherever the mask removes."""
         merged = self.changed_weight()
-        return merged if self._mask is None or self.kind == "lora" else merged.masked_fill_(~self._mask, 0)
+        mask = None if self.kind == "lora" else self._unpacked()
+        return merged if mask is None else merged.masked_fill_(~mask, 0)
 
     def product_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """From the gradient of the changed weight to that of BA, both [outputs, inputs]."""
         if self.kind == "scale_lora":
             return gradient * self._weight
         gradient = gradient * self.scale
-        return gradient if self._mask is None or self.kind != "mask_lora" else gradient * self._mask
+        mask = self._unpacked() if self.kind == "mask_lora" else None
+        return gradient if mask is None else gradient * mask
+
+    def _unpacked(self) -> torch.Tensor | None:
+        """The keep mask [outputs, inputs], on the weight's device."""
+        if self._mask is None or self._mask.dtype == torch.bool:
+            return self._mask
+        outputs, inputs = self._weight.shape
+        return unpack_bits(self._mask, (outputs, inputs))
+
+
+def _stored(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A mask as it is kept while it is trained under: on a GPU a bit an entry, of a 30B model 4 GB in place of 32."""
+    return pack_bits(mask).to(device) if device.type == "cuda" else mask.to(device)
 
 
 class _ChangedLinear(torch.autograd.Function):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from prunebench.spec import Job
 from prunebench.toolkit.casts import Cast
 from prunebench.toolkit.heads import untie_head
 from prunebench.toolkit.lowrank import LowRank
+from prunebench.toolkit.memory import is_out_of_memory, let_go
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.recomputing import recomputed
 from prunebench.toolkit.retrain import (
     LORA_KINDS,
     Loss,
@@ -29,6 +32,8 @@ from prunebench.toolkit.retrain import (
 )
 from prunebench.toolkit.scores import at_least_float32
 from prunebench.toolkit.walk import Block, Replica, walk
+
+_T = TypeVar("_T")
 
 
 def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | None = None, stage: int = 0) -> Trained:
@@ -47,13 +52,34 @@ def retrain(job: Job, settings: Retraining, masks: Mapping[str, torch.Tensor] | 
     if settings.subset == "head" and settings.steps:
         untie_head(job.model)
     scope = whole_model(job, masks)
-    for_factors, for_order = generators(job.seed, stage)
-    parts = parts_of(settings, scope, for_factors)
-    windows = shuffled(job.training, settings.batch, for_order, job.device)
-    trained = train(settings, scope, parts, windows, next_token_loss(job.model), job)
+
+    def attempt(blocks: Sequence[nn.Module]) -> tuple[Trained, list[Part]]:
+        for_factors, for_order = generators(job.seed, stage)
+        parts = parts_of(settings, scope, for_factors)
+        windows = shuffled(job.training, settings.batch, for_order, job.device)
+        with recomputed(blocks):
+            return train(settings, scope, parts, windows, next_token_loss(job.model), job), parts
+
+    trained, parts = _in_less_memory(job, settings, attempt)
     if settings.steps:
         merge_and_compare(job, scope, parts)
     return trained
+
+
+def _in_less_memory(job: Job, settings: Retraining, attempt: Callable[[Sequence[nn.Module]], _T]) -> _T:
+    """Train, and where one sequence does not fit begin again with blocks that are run again on the way back.
+
+    Only what leaves the model alone until it is merged can begin again.
+    """
+    try:
+        return attempt([])
+    except (MemoryError, RuntimeError) as error:
+        if settings.subset not in LORA_KINDS or not is_out_of_memory(error):
+            raise
+    # Here the error is gone, and with it the frames whose tensors it held.
+    let_go()
+    job.note("blocks run again on the way back", "out of memory")
+    return attempt([block.module for block in job.anatomy.blocks])
 
 
 def reconstruct(job: Job, settings: Retraining) -> None:

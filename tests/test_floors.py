@@ -388,7 +388,7 @@ def test_a_run_takes_at_least_its_floors_and_keeps_them(
 ) -> None:
     monkeypatch.setattr(machine_rates, "SIDES_ON_HOST", (256,))
     monkeypatch.setattr(machine_rates, "COPIED_ON_HOST", 1 << 24)
-    monkeypatch.setattr(machine_rates, "SECONDS", 0.05)
+    monkeypatch.setattr(machine_rates, "SECONDS_ON_HOST", 0.05)
     started = time.monotonic()
     requests = with_predictions(planned.requests(), [], planned, tmp_path / "box")
     assert time.monotonic() - started < 10

@@ -1,4 +1,4 @@
-"""What this machine can do at best: products by dtype, a copy on the device, a copy from pinned host memory. About ten seconds.
+"""What this machine can do at best: products by dtype, a copy on the device, a copy from pinned host memory. Under ten seconds.
 
 Floors rest on these rates (`floors.py`), so they may be too high and never too low. Hence the best of several sizes and
 repetitions, never a mean. On a CPU one thread is measured, by the time in which it had a core, and counted so many times as a
@@ -29,8 +29,8 @@ from prunebench.toolkit.memory import is_out_of_memory, let_go
 from prunebench.toolkit.precision import single_precision
 from prunebench.toolkit.products import weight_gradient
 
-SECONDS = 0.2
-"""How long each rate is measured at each size, at least once and after one that wakes the device up."""
+SECONDS_ON_HOST, SECONDS_ON_DEVICE = 0.1, 0.5
+"""How long each rate is measured at each size, at least once and after one that wakes the device up; a GPU's clock rises first."""
 
 LONGEST = 1.0
 """A product that took longer is the last of its dtype: the next size takes eight times as long."""
@@ -119,7 +119,7 @@ def _best_product(dtype: torch.dtype, device: torch.device) -> float:
     for side in SIDES_ON_HOST if device.type == "cpu" else SIDES_ON_DEVICE:
         try:
             first, second = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
-            taken = min(quickest(partial(way, first, second), device, SECONDS) for way in ways)
+            taken = min(quickest(partial(way, first, second), device, _seconds(device)) for way in ways)
         except (MemoryError, RuntimeError) as error:
             if not best or not is_out_of_memory(error):
                 raise
@@ -136,4 +136,8 @@ def _best_copy(source: torch.device, target: torch.device, size: int) -> float:
     from_ = torch.full((size,), 1, dtype=torch.uint8, device=source)
     from_ = from_.pin_memory() if pinned else from_
     into = torch.empty(size, dtype=torch.uint8, device=target)
-    return size / quickest(lambda: into.copy_(from_, non_blocking=pinned), target, SECONDS)
+    return size / quickest(lambda: into.copy_(from_, non_blocking=pinned), target, _seconds(target))
+
+
+def _seconds(device: torch.device) -> float:
+    return SECONDS_ON_HOST if device.type == "cpu" else SECONDS_ON_DEVICE

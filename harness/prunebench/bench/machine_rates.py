@@ -30,9 +30,9 @@ from prunebench.toolkit.precision import single_precision
 from prunebench.toolkit.products import weight_gradient
 
 SECONDS_ON_HOST, SECONDS_ON_DEVICE = 0.1, 0.5
-"""How long each rate is measured at each size, at least once and after one that wakes the device up; a GPU's clock rises first."""
+"""How long each rate is measured at each size, once at least and after one that wakes the device; a GPU's clock rises first."""
 
-LONGEST = 1.0
+LONGEST = 0.5
 """A product that took longer is the last of its dtype: the next size takes eight times as long."""
 
 SIDES_ON_HOST, SIDES_ON_DEVICE = (512, 1024), (4096, 8192, 16384)

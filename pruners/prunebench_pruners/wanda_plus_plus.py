@@ -121,6 +121,7 @@ class WandaPlusPlus(Pruner):
         if held_out:
             alone = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)
             before = student.error(held_out, {m: m.weight * mask for m, mask in alone.items()})
+            del alone
         for drawn in draws:
             norms = replica.collect(InputNorm, samples=drawn)
             student.prune(self._masks(job, student.weight, norms, gradients, len(drawn)))

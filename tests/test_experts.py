@@ -358,6 +358,31 @@ def test_statistics_are_of_the_routed_tokens(samples: int, batch_size: int) -> N
     assert (len(starved) == 16) == (samples == 2)
 
 
+class Alone(Seen):
+    """The same, of one sequence at a time."""
+
+    by_sequence = True
+
+
+def test_a_statistic_may_ask_for_one_sequence_at_a_time() -> None:
+    """Those of which an expert read nothing are left out, whatever the batches are."""
+    plain = fused(dtype=torch.float64)
+    tokens = random_tokens(plain, 16, 8)
+    hidden, sent = routed(plain, tokens, 0)
+    own = (sent == 1).any(dim=1)
+    found = []
+    for batch_size in (1, 16):
+        model = fused(dtype=torch.float64)
+        take_apart(model)
+        block = next(walk(make_job(Wanda(), model, tokens=tokens, batch_size=batch_size)))
+        [matrix] = [m for m in block.matrices if m.name.endswith("experts.1.gate_up_proj")]
+        found.append(block.collect(Alone)[matrix])
+    assert int(found[0][-1, 0]) == int(own.view(16, 8).any(dim=1).sum())
+    for each in found:
+        torch.testing.assert_close(each[-1], found[0][-1])
+        torch.testing.assert_close(each[:-1].sum(0), hidden[own].sum(0), **EXACT)
+
+
 def test_wanda_by_the_book_on_an_expert() -> None:
     plain, model = fused(dtype=torch.float64), fused(dtype=torch.float64)
     take_apart(model)

@@ -374,7 +374,8 @@ def test_a_statistic_may_ask_for_one_sequence_at_a_time() -> None:
     for batch_size in (1, 16):
         model = fused(dtype=torch.float64)
         take_apart(model)
-        block = next(walk(make_job(Wanda(), model, tokens=tokens, batch_size=batch_size)))
+        visits = walk(make_job(Wanda(), model, tokens=tokens, batch_size=batch_size))
+        block = next(visits)
         [matrix] = [m for m in block.matrices if m.name.endswith("experts.1.gate_up_proj")]
         found.append(block.collect(Alone)[matrix])
     assert int(found[0][-1, 0]) == int(own.view(16, 8).any(dim=1).sum())

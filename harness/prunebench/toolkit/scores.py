@@ -35,4 +35,5 @@ def gradient_scores(weight: torch.Tensor, norms: torch.Tensor, gradients: torch.
     """
     with phase("scoring"):
         dtype = at_least_float32(weight[:0]).dtype
-        return weight.abs() * (at_least_float32(norms) + alpha * gradients.to(weight.device, dtype))
+        scores = alpha * gradients.to(weight.device, dtype)  # then in place: three tensors less of a matrix's size
+        return scores.add_(at_least_float32(norms)).mul_(weight.abs())

@@ -83,7 +83,7 @@ def _forward(layer: nn.Module, taker: Taker | None, inputs: torch.Tensor) -> tor
         return _linear(inputs, weight.t() if transposed else weight, bias)
     if taker is not None:
         taker.called(weight, inputs)
-    found: torch.Tensor = _Product.apply(inputs, weight, bias, transposed, taker)
+    found: torch.Tensor = _Product.apply(inputs, weight, bias, transposed, taker)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -158,7 +158,7 @@ def _onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 @cache
 def _onednn_is_faster() -> bool:
     """Whether the processor has AVX-512 that MKL does not use, and oneDNN is there and right."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or _maker() in ("", "GenuineIntel"):
         return False

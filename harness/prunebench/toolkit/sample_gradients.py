@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -32,16 +33,23 @@ class OnTheWay:
     """Gives each matrix's gradient of each sample to somebody as soon as the way back has made it."""
 
     def __init__(self, weights: Sequence[nn.Parameter], give: Callable[[int, torch.Tensor], None]) -> None:
-        """For these parameters; `give` gets the number of one and its gradient, in its stored orientation, to use up."""
+        """For these parameters; `give`, a method, gets the number of one and its gradient, in its stored orientation, to use up."""
         self.missed: list[int] = []
         """Parameters that the last way back did not come to: their gradients are zero."""
-        self._weights, self._give = list(weights), give
+        self._weights = list(weights)
+        # Weakly: who gives the method mostly holds this, and such a ring would keep a block's copies until they are collected.
+        self._give = WeakMethod(give)
         self._index = {id(weight): index for index, weight in enumerate(weights)}
         self._calls = [0] * len(weights)
         self._waiting: list[list[tuple[torch.Tensor, torch.Tensor, bool]]] = [[] for _ in weights]
         self._apart = True
         """Whether batches of several samples can be taken apart; the first sample, by itself, shows it."""
         self._samples = 0
+
+    def _taker(self) -> Callable[[int, torch.Tensor], None]:
+        give = self._give()
+        assert give is not None
+        return give
 
     @contextmanager
     def taking(self, module: nn.Module) -> Iterator[None]:
@@ -77,8 +85,8 @@ class OnTheWay:
             RuntimeError: the samples of a batch cannot be taken apart, and the first sample did not show it.
         """
         wanted = [*self._weights] if inputs is None else [inputs, *self._weights]
-        found = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
-        below = None if inputs is None else found.pop(0)
+        found: list[torch.Tensor | None] = list(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        below: torch.Tensor | None = None if inputs is None else found.pop(0)
         beside = any(gradient is not None for gradient in found)  # of a weight that is read past its layer
         apart = self._apart and all(self._calls) and not beside
         if self._samples and self._apart and not apart:
@@ -120,7 +128,7 @@ class OnTheWay:
                 own = weight_gradient(*parts, transposed)
                 gradient = own if gradient is None else own.add_(gradient)
             assert gradient is not None
-            self._give(index, gradient)
+            self._taker()(index, gradient)
 
 
 class SampleGradients(OnTheWay):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -32,6 +34,7 @@ from prunebench.toolkit import Block, InputNorm, keep_mask, magnitude_scores, wa
 from prunebench.toolkit.placement import HostActivations, Resident, Streaming, place_model, tensors_of
 from prunebench.toolkit.shelf import Shelf
 from prunebench.toolkit.transfer import CudaLane, Pairs, Ticket
+from prunebench.toolkit.walk import Replica
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.sparsegpt import SparseGpt
@@ -413,6 +416,29 @@ def test_what_is_put_away_comes_back_last_first_and_whole() -> None:
             assert earlier is None or earlier.tolist() == [[number + 1] * 3] * 2  # what is still being read
             earlier = found
     assert (lane.open, lane.begun) == (0, 5)
+
+
+@pytest.mark.parametrize("name", ["gblm", "wanda++"])
+def test_copies_of_blocks_go_without_being_collected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody collects: rings that hold copies would fill it."""
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    most, init = 0, Replica.__init__
+
+    def counting(self: Replica, *args: Any, **kwargs: Any) -> None:
+        nonlocal most
+        init(self, *args, **kwargs)
+        alive.add(self.module)
+        most = max(most, len(alive))
+
+    monkeypatch.setattr(Replica, "__init__", counting)
+    job, _ = streaming_job(tiny(dtype=torch.bfloat16))
+    gc.disable()
+    try:
+        PRUNERS[name].prune(job)
+    finally:
+        gc.enable()
+    assert 0 < most <= 2
+    assert not alive
 
 
 # On a GPU, and as far as it goes without one

@@ -33,7 +33,7 @@ class OnTheWay:
     """Gives each matrix's gradient of each sample to somebody as soon as the way back has made it."""
 
     def __init__(self, weights: Sequence[nn.Parameter], give: Callable[[int, torch.Tensor], None]) -> None:
-        """For these parameters; `give`, a method, gets the number of one and its gradient, in its stored orientation, to use up."""
+        """For these parameters; `give`, a method, gets the number of one and its gradient as it is stored, to use up."""
         self.missed: list[int] = []
         """Parameters that the last way back did not come to: their gradients are zero."""
         self._weights = list(weights)

@@ -59,7 +59,7 @@ class Gblm(Pruner):
     def prune(self, job: Job) -> None:
         """One backward pass of each sample through the whole model, and then Wanda with another score."""
         gradients = job.artefact(f"loss gradients {self.norm}", lambda: loss_gradients(job, self.norm))
-        for block in walk(job, quickly=True):
+        for block in walk(job):
             norms = block.collect(InputNorm)
             for matrix in block.matrices:
                 gradient = gradients[matrix.name]

@@ -97,7 +97,7 @@ class WandaPlusPlus(Pruner):
         trains = self.trains and job.target.sparsity > 0  # a block that is its own teacher would learn rounding errors
         generator = torch.Generator().manual_seed(job.seed)  # on the host: the same draws on every device
         findings = Findings()
-        for block in walk(job, carries=[generator, findings], quickly=True):
+        for block in walk(job, carries=[generator, findings]):
             if trains:
                 self._optimise(job, block, generator, findings)
             else:

@@ -119,7 +119,7 @@ class _Samples(Stream):
 
 def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]:
     """All samples forward, and from the last block down all of them back."""
-    stream, kept = _Samples(job, quickly=True), Shelf(job.device, there=True)
+    stream, kept = _Samples(job), Shelf(job.device, there=True)
     blocks = job.anatomy.blocks
     try:
         for index, handle in enumerate(blocks):

@@ -26,7 +26,7 @@ from prunebench.toolkit.stats import Statistic
 from prunebench.toolkit.stream import Stream
 
 
-def walk(job: Job, carries: Sequence[object] = (), *, quickly: bool = False) -> Iterator[Block]:
+def walk(job: Job, carries: Sequence[object] = ()) -> Iterator[Block]:
     """Yield the model's blocks, first to last; what the loop changes in a block counts for all later ones.
 
     A run that was killed may start at a later block, the ones before it put back as they were (`Claims.BLOCKWISE`).
@@ -35,9 +35,8 @@ def walk(job: Job, carries: Sequence[object] = (), *, quickly: bool = False) -> 
         job: of the step.
         carries: what the loop's body keeps from block to block: random generators, lists, dictionaries, objects that hold
             such things, tensors, numbers and strings. They are put back too.
-        quickly: products of the blocks are those of `products.py`: faster on some machines, and other in their last bits.
     """
-    stream = Stream(job, quickly)
+    stream = Stream(job)
     blocks = job.anatomy.blocks
     bookmark = Bookmark(job, stream, carries)
     try:

@@ -110,7 +110,7 @@ class Passage:
             torch.OutOfMemoryError: a batch does not fit.
         """
         blocks, job = self.anatomy.blocks, self._job
-        stream = Stream(job)
+        stream = Stream(job, quickly=False)  # the numbers of the ordinary way
         try:
             with brought(job.placement, blocks[0].module):
                 stream.resting(0)  # before anything is opened: it runs the block on one sequence

@@ -178,7 +178,7 @@ def test_sparsegpt(name: str, target: str) -> None:
     ],
 )
 def test_sparsegpt_runs_freely(name: str, target: str, counts: Literal["exact", "reference"]) -> None:
-    """On stories260K the authors' masks and N:M come out entry by entry; wiki7m is long enough for a last bit to grow.
+    """On stories260K the authors' masks and N:M come out entry by entry; on wiki7m a last bit grows.
 
     Two libraries' float32 products of one block's inputs part by 0.5% and by 0.8% of the entries from the authors' masks at 2:4.
     """

@@ -50,7 +50,7 @@ class EvalJob:
     dense: Callable[[], PreTrainedModel]
     """The model as it was before the first step, on `device` and in the run's dtype; loaded when first asked for."""
     placement: Placement | None = None
-    """What brings the blocks of `model` and `dense()` to `device` when they are called; None where both models are there whole."""
+    """Brings the blocks of `model` and `dense()` to `device` when they are called; None where both models are there whole."""
     artefact: Callable[[str, Callable[[], torch.Tensor]], torch.Tensor] | None = None
     """`artefact(name, make)`: a tensor on the host that depends on the dense weights, where and how work is done, and `name`
     alone; a later run may find it in the cache. None where nothing is kept. Do not write into it."""

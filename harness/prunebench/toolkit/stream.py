@@ -29,7 +29,7 @@ class Stream:
     """The calibration set in front of one block after the other."""
 
     def __init__(self, job: Job, quickly: bool = True) -> None:
-        """`quickly`: blocks multiply as `products.quick` has it; without it as the model's own forward does, to the last bit."""
+        """`quickly`: blocks multiply as `products.quick` has it; without it as the model does, to the last bit."""
         self._job, self._quickly = job, quickly
         self._hidden: torch.Tensor | None = None
         self._calls: list[BlockCall] = []

@@ -86,7 +86,8 @@ def sweep_slab(
     None is returned, and nothing written, where a slab is too wide for the registers.
     """
     columns, outputs = work.shape
-    if not scoring.taken(work, None, None) or not work.is_contiguous() or columns > WIDEST or (of and columns % of) or not fits(upper):
+    fitting = columns <= WIDEST and not (of and columns % of) and work.is_contiguous() and fits(upper)
+    if not fitting or not scoring.taken(work, None, None):
         return None
     upper = upper if upper.stride(1) == 1 else upper.contiguous()  # rows are read, and factors come by columns
     errors = torch.empty_like(work)

@@ -218,7 +218,7 @@ def test_the_store_leaves_the_file_alone(tmp_path: Path) -> None:
             "factors": ({"factors": 3, "phase": "update"}, 2 * (10**3 + 40**3)),
             "sweeps": ({"sweeps": 1, "phase": "update"}, 2 * (40 * 10**2 + 10 * 40**2)),
             "another dtype": ({"blocks": 1, "phase": "propagation", "dtype": "bfloat16"}, 2 * 1600 / 4),
-            "gradients, on a GPU in TF32": ({"blocks": 1, "phase": "training", "dtype": "float32"}, 2 * 1600 / 2),
+            "training, on a GPU in TF32": ({"blocks": 1, "phase": "training", "dtype": "float32"}, 2 * 1600 / 2),
             "a slow dtype": ({"blocks": 1, "phase": "propagation", "dtype": "float16"}, 2 * 1600),
             "a dtype that was not measured": ({"blocks": 1, "phase": "propagation", "dtype": "float64"}, 0.0),
         }
@@ -227,6 +227,13 @@ def test_the_store_leaves_the_file_alone(tmp_path: Path) -> None:
 def test_products_take_what_the_formula_says(effort: dict[str, Any], seconds: float) -> None:
     machine = rates(products={"float32": 1.0, "tf32": 2.0, "bfloat16": 4.0, "float16": 0.1})
     assert product_seconds(Effort(**effort), SHAPE, "float32", machine, whole=False) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [("bfloat16", 9.0), ("float16", 9.0), ("float32", 3.0)])
+def test_gradients_are_in_tf32_where_the_model_is_in_16_bits_and_else_in_three_of_its_products(dtype: str, rate: float) -> None:
+    machine = rates(products={"float32": 1.0, "tf32": 9.0, "bfloat16": 12.0, "float16": 12.0})
+    effort = Effort(phase="statistics", blocks=100, graph=1, dtype="float32")
+    assert product_seconds(effort, SHAPE, dtype, machine, whole=False) == pytest.approx(0.8 * 100 * 2 * 1600 / rate)
 
 
 def test_through_a_whole_model_every_gradient_but_the_first_blocks_is_asked_for() -> None:

@@ -59,7 +59,8 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Tf32:
 
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: False)
     monkeypatch.setattr(products, "suits_three", lambda one, other: one.dtype == torch.float32 and not on[0])
-    for module in (precision, regional):
+    monkeypatch.setattr(products, "is_single", lambda device: on[0])
+    for module in (precision, products, regional):
         monkeypatch.setattr(module, "single_precision", emulated)
     return mode
 

@@ -10,8 +10,9 @@ vocabulary, P all prunable weights and L blocks, an effort asks for operations
     sweeps  x  sum of outputs inputs²
 
 over the machine's best matrix rate in the dtype they are computed in: the model's for Gram matrices too, since products of 16
-bits are exact in float32; float32 for the last two; TF32 on CUDA for passes that a pruner asks for in float32, as those for
-gradients may run in it (`toolkit/precision.py`). And it asks that bytes move:
+bits are exact in float32; float32 for the last two. A pass that a pruner asks for in float32 runs in TF32 on CUDA where the
+model is in 16 bits, or where it trains; of a wider model in float32, or in three products of TF32 for one
+(`toolkit/precision.py`). And it asks that bytes move:
 
     blocks  the weights once, and the hidden states of a calibration set once, onwards to the next block twice
     grams   every Gram matrix once
@@ -86,7 +87,8 @@ def product_seconds(effort: Effort, shape: ModelShape, dtype: str, rates: Machin
         rates: of the machine.
         whole: the step takes gradients through the whole model, so that every block but the first is asked for its input's.
     """
-    asked = TF32 if effort.dtype == "float32" and TF32 in rates.products else effort.dtype or dtype
+    rough = effort.dtype == "float32" and (DTYPES[dtype].itemsize == 2 or effort.phase == "training")
+    asked = TF32 if rough and TF32 in rates.products else effort.dtype or dtype
     own, summed, single = (best_rate(rates, name) for name in (asked, dtype, "float32"))
     if own is None or summed is None or single is None:
         return 0.0

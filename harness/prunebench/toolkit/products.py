@@ -3,7 +3,7 @@
 MKL, which PyTorch's `mm` calls on a host, keeps to its AVX2 kernels on processors that Intel did not make; oneDNN, which
 PyTorch holds too, takes AVX-512 wherever it is. On a Zen 5 core that is 210 GFLOP/s instead of 97. Sums are then taken in
 another order: the last bits differ. Which of the two is used is decided by the processor, never by a measurement. On CUDA a
-product is made of three on tensor cores (`precision.py`).
+product is made of three on tensor cores, or of one, and on the way back as on the way forward (`precision.py`).
 
 A `Taker` is shown what each product read and the gradient at its output, and autograd makes no weight gradient of its own: a
 sum over all samples of a batch, where the methods want each sample's.
@@ -12,7 +12,7 @@ sum over all samples of a batch, where the methods want each sample's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from prunebench.toolkit.precision import in_three, suits_three
+from prunebench.toolkit.precision import in_three, is_single, single_precision, suits_three
 
 WORTH_IT = 1 << 22
 """Multiplications in a product from which another kernel pays for being asked."""
@@ -96,6 +96,7 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.transposed, ctx.taker, ctx.own_weight = transposed, taker, weight
+        ctx.single = is_single(inputs.device)
         return _linear(inputs, weight.t() if transposed else weight, bias)
 
     @staticmethod
@@ -103,12 +104,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         below = own = of_bias = None
-        if ctx.needs_input_grad[0]:
-            below = _linear(gradients, weight if ctx.transposed else weight.t(), None)
-        if ctx.taker is not None:
-            ctx.taker.take(ctx.own_weight, inputs, gradients, ctx.transposed)
-        elif ctx.needs_input_grad[1]:
-            own = weight_gradient(inputs, gradients, ctx.transposed)
+        with single_precision(inputs.device) if ctx.single else nullcontext():
+            if ctx.needs_input_grad[0]:
+                below = _linear(gradients, weight if ctx.transposed else weight.t(), None)
+            if ctx.taker is not None:
+                ctx.taker.take(ctx.own_weight, inputs, gradients, ctx.transposed)
+            elif ctx.needs_input_grad[1]:
+                own = weight_gradient(inputs, gradients, ctx.transposed)
         if ctx.needs_input_grad[2]:
             of_bias = gradients.reshape(-1, gradients.shape[-1]).sum(dim=0)
         return below, own, of_bias, None, None

@@ -19,6 +19,7 @@ from prunebench.toolkit.gathering import Starved
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import paying_batch
+from prunebench.toolkit.precision import working
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.recorder import BlockCall, record_arguments, record_calls, unpack
 
@@ -58,7 +59,8 @@ class Stream:
         """What a block, or a copy of it, makes of a hidden state, with the arguments that the model gives the block."""
         if not self._calls:
             self.resting(index)
-        with evaluating(module), quick(module) if self._quickly else nullcontext():
+        fast = quick(module) if self._quickly else nullcontext()
+        with evaluating(module), fast, working(self._job.model.dtype, hidden):
             args, kwargs = self._calls[index].sized(hidden.shape[0], hidden.dtype, hidden.device)
             return unpack(module(hidden, *args, **kwargs))
 

@@ -418,6 +418,16 @@ def test_what_is_put_away_comes_back_last_first_and_whole() -> None:
     assert (lane.open, lane.begun) == (0, 5)
 
 
+def test_a_late_lane_takes_nothing_for_the_hosts_that_lies_where_the_hosts_was() -> None:
+    """Two walks of one step have a room each; the second one's batches may come to lie where the first one's room was."""
+    lane = LateLane(torch.device("cpu"))
+    for _ in range(20):
+        lane.room((7, 8, 16), torch.float32)  # and let go of at once
+        there = torch.zeros(7, 8, 16)
+        lane.copy([(torch.ones(7, 8, 16), there)]).wait()
+        assert there.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["gblm", "wanda++"])
 def test_copies_of_blocks_go_without_being_collected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nobody collects: rings that hold copies would fill it."""

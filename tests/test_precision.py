@@ -12,9 +12,11 @@ from support import make_job, masks_of, tiny, tokens_of
 from test_golden import GOLDEN, golden_job
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunebench.spec import Pruner
-from prunebench.toolkit import loss_gradients, precision, products, regional
+from prunebench.spec import Job, Pruner
+from prunebench.toolkit import loss_gradients, precision, products, regional, walk
+from prunebench.toolkit.anatomy import LinearMatrix
 from prunebench.toolkit.precision import in_three, single_precision, suits_three
+from prunebench.toolkit.stream import Stream
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
@@ -112,6 +114,71 @@ def test_masks_stay_within_what_golden_ones_are_held_to(
     assert sum(different.values()) <= 1e-4 * sum(mask.numel() for mask in found[0].values())
 
 
+def masks_on_the_same_blocks(pruner: Pruner, job: Job, laid: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The masks that a method wants, while others are laid: a single entry would change the inputs of all later blocks, whose
+    last bits in bfloat16 are then others, and with them hundreds of entries, whatever the first one came of."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(matrix: LinearMatrix, mask: torch.Tensor) -> None:
+        found[matrix.name] = mask.clone()
+        original(matrix, laid.get(matrix.name, mask))
+
+    original = LinearMatrix.keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LinearMatrix, "keep", keep)
+        pruner.prune(job)
+    return found
+
+
+@needs_golden
+@pytest.mark.parametrize(
+    ("pruner", "target", "samples"),
+    [
+        (WandaPlusPlus(ro=False), "2:4", 2),
+        *(pytest.param(p, t, 8, marks=pytest.mark.soak) for p in (Gblm(), WandaPlusPlus(ro=False)) for t in ("0.5", "2:4")),
+    ],
+    ids=str,
+)
+def test_a_model_in_16_bits_moves_more_entries_by_itself(
+    pruner: Pruner, target: str, samples: int, as_on_a_device: Tf32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than TF32 does in its float32 copies: against the same weights in float32, and against copies in its own dtype."""
+
+    def job(dtype: torch.dtype) -> Job:
+        made = golden_job("stories260K", target)
+        made.model.to(torch.bfloat16).to(dtype)
+        made.calibration_tokens = made.calibration[:samples]
+        return made
+
+    in_tf32 = job(torch.bfloat16)
+    laid = masks_on_the_same_blocks(pruner, in_tf32, {})
+    assert as_on_a_device.calls > 100
+    monkeypatch.undo()
+    exact = masks_on_the_same_blocks(pruner, job(torch.bfloat16), laid)
+    in_float32 = masks_on_the_same_blocks(pruner, job(torch.float32), laid)
+    monkeypatch.setattr(Stream, "work_dtype", lambda _: torch.bfloat16)
+    all_short = masks_on_the_same_blocks(pruner, job(torch.bfloat16), laid)
+
+    def share(one: dict[str, torch.Tensor]) -> float:
+        different = sum(int((mask != exact[name]).sum()) for name, mask in one.items())
+        return different / sum(mask.numel() for mask in one.values())
+
+    assert 10 * share(laid) < min(share(in_float32), share(all_short))
+    assert share(laid) < 1e-4, "what golden masks are held to"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_copies_of_blocks_follow_their_model_there_and_back(dtype: torch.dtype, as_on_a_device: Tf32) -> None:
+    """One product where the model is in 16 bits, three where it is in float32."""
+    job = make_job(tiny(dtype=dtype), tokens_of(samples=1))
+    walking = walk(job)
+    block = next(walking)
+    inputs = block.inputs([0])
+    replica, before = block.replica(), as_on_a_device.calls
+    replica.forward(inputs.float()).sum().backward()
+    assert as_on_a_device.calls - before == (1 if dtype.itemsize == 2 else 3) * 3 * len(block.matrices)
+
+
 def test_gradients_are_made_of_three_products(as_on_a_device: Tf32) -> None:
     """Forward, to the inputs and to the weights."""
     job = make_job(tiny(), tokens_of(samples=2))
@@ -136,13 +203,14 @@ def test_the_setting_is_put_back_after_an_error_too(before: str) -> None:
     own = setting.fp32_precision
     try:
         setting.fp32_precision = before
+        found = setting.fp32_precision  # `none` reads as what another setting says, whoever made it
         with single_precision(torch.device("cuda")):
             with single_precision(torch.device("cuda", 1)):
                 assert setting.fp32_precision == "tf32"
             assert setting.fp32_precision == "tf32"
         with pytest.raises(ZeroDivisionError), single_precision(torch.device("cuda")):
             raise ZeroDivisionError
-        assert setting.fp32_precision == before
+        assert setting.fp32_precision == found
     finally:
         setting.fp32_precision = own
 

@@ -17,7 +17,9 @@ from prunebench.errors import OptionError
 from prunebench.options import build, parse_step
 from prunebench.spec import Changes, Job, Needs
 from prunebench.targets import NM, Dense, Target, Unstructured
-from prunebench.toolkit import InputNorm, keep_mask, walk
+from prunebench.testing.lanes import LateLane
+from prunebench.toolkit import InputNorm, keep_mask, regional, walk
+from prunebench.toolkit.placement import HostActivations, Resident
 from prunebench.toolkit.regional import RmsProp
 from prunebench_pruners.wanda import Wanda
 from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
@@ -416,3 +418,36 @@ def test_steps_are_those_of_torch_bit_for_bit(dtype: torch.dtype, shape: tuple[i
             mine.step(index, value.grad)
         reference.step()
     assert all(same_bits(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_what_a_block_is_to_learn_may_rest_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever copies are late; no bit is another."""
+    on_the_device, _ = pruned(SMALL, dtype=torch.bfloat16)
+    monkeypatch.setattr(regional, "_place", lambda *_: HostActivations("cpu", LateLane))
+    on_the_host, _ = pruned(SMALL, dtype=torch.bfloat16)
+    assert same_weights(on_the_device, on_the_host)
+
+
+class AtTheHost(HostActivations):
+    """Without a stream of CUDA's."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        super().__init__(device, lambda _: LateLane(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("placement", "size", "moves"),
+    [
+        (Resident("cuda"), 2 << 30, False),
+        (Resident("cuda"), (2 << 30) + 1, True),
+        (Resident("cpu"), 1 << 40, False),
+        (AtTheHost("cuda"), 1 << 40, False),
+    ],
+)
+def test_it_does_where_a_gpu_would_hold_too_much_of_it(
+    placement: Resident, size: int, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regional, "HostActivations", AtTheHost)
+    found = regional._place(placement, size)
+    assert (found is not placement) == moves
+    assert isinstance(found, AtTheHost) == (moves or isinstance(placement, AtTheHost))

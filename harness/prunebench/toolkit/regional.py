@@ -15,9 +15,10 @@ from torch import nn
 
 from prunebench.effort import TO_WEIGHTS, Effort, EffortFacts
 from prunebench.handles import Matrix
-from prunebench.spec import Job
+from prunebench.spec import Job, Placement
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
+from prunebench.toolkit.placement import HostActivations
 from prunebench.toolkit.precision import single_precision
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.sample_gradients import OnTheWay
@@ -30,12 +31,17 @@ PIECE = 1 << 15
 """Entries that a host's thread updates at a time: a piece of weight, gradient, mean and root together stay in its cache."""
 
 
+MOST_THERE = 2 << 30
+"""Bytes of a block's wanted outputs on a GPU. Those of a 7B model are 3.5 GB, which would be the largest part of the peak; from
+pinned memory each comes while the one before is learned."""
+
+
 class Lesson:
-    """The dense block's outputs for the samples that will be asked for, kept where activations rest."""
+    """The dense block's outputs for the samples that will be asked for, kept where activations rest or on the host."""
 
     def __init__(self, job: Job, replica: Replica, samples: Iterable[int]) -> None:
         """Of a replica that is still dense, for these calibration sequences."""
-        self._job, self._replica = job, replica
+        self._job, self._replica, self._placement = job, replica, job.placement
         self._row = {sample: row for row, sample in enumerate(sorted(set(samples)))}
         self._outputs: torch.Tensor | None = None
 
@@ -60,16 +66,23 @@ class Lesson:
         with phase("training"):
             halving(self._job, lambda: self._job.batch_size, attempt, "what a block is to learn")
 
-    def output(self, sample: int) -> torch.Tensor:
-        """For one sample [1, length, hidden], on the device."""
+    def outputs(self, samples: Iterable[int]) -> Iterator[torch.Tensor]:
+        """For one sample [1, length, hidden] after the other, on the device."""
         assert self._outputs is not None
-        row = self._row[sample]
-        return self._job.placement.fetch(self._outputs[row : row + 1])
+        return self._placement.batches(self._outputs, [slice(self._row[sample], self._row[sample] + 1) for sample in samples])
 
     def _keep(self, sample: int, output: torch.Tensor) -> None:
         if self._outputs is None:
-            self._outputs = self._job.placement.rest(output.new_empty(0)).new_empty((len(self._row), *output.shape))
-        self._outputs[self._row[sample]] = self._job.placement.rest(output)
+            self._placement = _place(self._job.placement, len(self._row) * output.nbytes)
+            self._outputs = self._placement.room(output[None], len(self._row))
+        self._placement.store(self._outputs, slice(self._row[sample], self._row[sample] + 1), output[None])
+
+
+def _place(placement: Placement, size: int) -> Placement:
+    """Where so many bytes of outputs are kept: where activations rest, or, of more than a GPU should hold, on the host."""
+    devices = placement.devices
+    there = size <= MOST_THERE or len(devices) > 1 or devices[0].type != "cuda" or isinstance(placement, HostActivations)
+    return placement if there else HostActivations(devices[0])
 
 
 class Student:
@@ -146,9 +159,9 @@ class Student:
                 shown.data = own[matrix]
         return found.mean()
 
-    def _pairs(self, samples: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(self, samples: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Input and wanted output [1, length, hidden] of one sample after the other; where one does not fit, nothing helps."""
-        return ((self._block.inputs([sample]), self._lesson.output(sample)) for sample in samples)
+        return zip((self._block.inputs([sample]) for sample in samples), self._lesson.outputs(samples), strict=True)
 
     def _show(self) -> None:
         with torch.no_grad():

@@ -368,7 +368,7 @@ def test_the_audit_names_a_module_that_is_gone() -> None:
 
 def test_which_law_is_asked_where() -> None:
     asked = cases()
-    assert len(asked) == 12 * 4 + 2 * 13 + 1
+    assert len(asked) == 14 * 4 + 2 * 13 + 1
     assert {check for check, family in asked if family == "gemma3"} == {
         "target_met",
         "declared_changes",

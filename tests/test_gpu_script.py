@@ -138,6 +138,10 @@ def test_the_method_farthest_above_its_floor_is_profiled(tmp_path: Path) -> None
     record("broken", 500.0, 1.0, "failed")
     assert session.slowest(tmp_path) == "slow"
     assert session.failed(tmp_path) == 0
+    assert session.failed(tmp_path, since=time.time() + 60) == 1  # what failed before explains nothing now
+    for name in ("long", "slow", "unknown"):
+        os.utime(tmp_path / "machine" / "model" / f"{name}.json", (0, 0))
+    assert session.failed(tmp_path, since=1.0) == 1  # where nothing went well
 
 
 @pytest.mark.soak

@@ -44,7 +44,7 @@ PLACES: list[type[Resident]] = [Resident, Spread, HostActivations, Streaming]
     cases(
         {
             "the host": ("cpu", ["cpu"]),
-            "the present GPU": ("cuda", ["cuda"]),
+            "the first GPU": ("cuda", ["cuda:0"]),
             "one": ("cuda:3", ["cuda:3"]),
             "two": ("cuda:0+1", ["cuda:0", "cuda:1"]),
             "in the order given": ("cuda:2+0+11", ["cuda:2", "cuda:0", "cuda:11"]),
@@ -389,7 +389,7 @@ def test_a_request_knows_all_its_devices() -> None:
     pair = request.on("cuda:2+1")
     assert (pair.device, pair.on_text) == ("cuda:2", "cuda:2+1")
     assert pair.devices == (torch.device("cuda:2"), torch.device("cuda:1"))
-    assert (pair.on_any().on_text, pair.on("cuda:3").on_any().on_text) == ("cuda:0+1", "cuda")
+    assert (pair.on_any().on_text, pair.on("cuda:3").on_any().on_text) == ("cuda:0+1", "cuda:0")
     assert pair.on("cuda:3").spread == ()
 
 

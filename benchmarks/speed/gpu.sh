@@ -70,16 +70,17 @@ suite() {
 
 # Run methods of a suite: sweep RESULTS SUITE METHOD...
 sweep() {
-  local results=$1 suite ended=0 asked=()
+  local results=$1 suite ended=0 asked=() began
   suite=$([ -f "$2" ] && echo "$2" || suite "$2") || return 1
   shift 2
   for method in "$@"; do asked+=(--method "$method"); done
+  began=$(date +%s)
   prunebench run "$suite" "${asked[@]}" --results "$results" --device "$DEVICE" || ended=$?
-  settled "$results" $ended
+  settled "$results" $ended "$began"
 }
 
-# Runs that failed have records that say why: such a stage is done all the same. A command that failed itself has none.
-settled() { [ "$2" -eq 0 ] || { [ "$2" -eq 1 ] && session failed "$1"; }; }
+# Where some runs of a stage failed their records say why, and it is done all the same; where all did, or the command itself, it failed.
+settled() { [ "$2" -eq 0 ] || { [ "$2" -eq 1 ] && session failed "$1" "$3"; }; }
 
 perp() { if [ -z "$SHAPE" ]; then echo 'magnitude + perp[subset=mask_lora,steps=55,batch=1]'; else echo 'magnitude + perp[subset=mask_lora,steps=3,batch=1]'; fi; }
 
@@ -137,12 +138,13 @@ stage_70b() { sweep "$RESULTS" speed-70b wanda sparsegpt; }
 stage_quality() {
   local only=()
   [ -n "$SHAPE" ] && only=(--method magnitude --only 0.5)
-  local ended=0
+  local ended=0 began
+  began=$(date +%s)
   prunebench run quickstart "${only[@]}" --results "$RESULTS" --device "$DEVICE" || ended=$?
   if [ -z "$SHAPE" ] && [ -d .gpu/data ]; then
     PRUNEBENCH_MIRROR=$PWD/.gpu/data prunebench run wiki7m --only 2:4 --results "$RESULTS" --device "$DEVICE" || ended=$?
   fi
-  settled "$RESULTS" $ended
+  settled "$RESULTS" $ended "$began"
 }
 
 stage_profile() {

@@ -81,9 +81,11 @@ class Cost:
     score: str
 
 
-def costs(results: Path) -> Iterator[Cost]:
-    """Of every record in a results folder."""
+def costs(results: Path, since: float = 0.0) -> Iterator[Cost]:
+    """Of every record in a results folder that was written at a time or later, in seconds since the epoch."""
     for path in sorted(results.glob("[!.]*/*/*.json")):  # <machine>/<model>/: no pages of what is at work
+        if path.stat().st_mtime < since:
+            continue
         record = json.loads(path.read_text(encoding="utf-8"))
         if "spec" not in record or "steps" not in record:
             continue
@@ -121,9 +123,10 @@ def summary(folders: list[Path]) -> None:
             print(f"{what} | {told if cost.status == 'ok' else cost.status}{end}")
 
 
-def failed(results: Path) -> int:
-    """0 where a run failed or was refused, as a record says, 1 where none has."""
-    return int(all(cost.status == "ok" for cost in costs(results)))
+def failed(results: Path, since: float = 0.0) -> int:
+    """0 where a run failed or was refused and another did not, as records since then say; 1 where that explains nothing."""
+    statuses = [cost.status == "ok" for cost in costs(results, since)]
+    return int(all(statuses) or not any(statuses))
 
 
 def slowest(results: Path) -> str | None:
@@ -174,8 +177,10 @@ def main() -> int:
         for name in names:
             making.add_argument(name)
     commands.add_parser("summary").add_argument("folders", type=Path, nargs="+")
-    for name in ("failed", "slowest"):
-        commands.add_parser(name).add_argument("results", type=Path)
+    commands.add_parser("slowest").add_argument("results", type=Path)
+    failing = commands.add_parser("failed")
+    failing.add_argument("results", type=Path)
+    failing.add_argument("since", type=float)
     profiling = commands.add_parser("profile")
     profiling.add_argument("suite", type=Path)
     profiling.add_argument("method")

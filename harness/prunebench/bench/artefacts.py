@@ -20,6 +20,7 @@ import filelock
 import numpy as np
 import torch
 
+from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.measure import Cost, peaks_so_far
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import RequestError
@@ -56,7 +57,7 @@ class Artefacts:
         self._earlier = Cost()
         model, tokens = request.spec.model, request.spec.calibration_tokens
         self._key = (
-            *(model.weights, model.dtype, str(tokens), request.machine, self._device.type),
+            *(_code(pruner), model.weights, model.dtype, str(tokens), request.machine, self._device.type),
             *(str(request.batch_size), str(request.threads or torch.get_num_threads())),
             *(version("torch"), version("transformers"), pruner.name, str(pruner.revision)),
         )
@@ -128,6 +129,11 @@ def making(key: str, waits: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _code(pruner: Pruner) -> str:
+    """Of what made a tensor, the code: another may give other bits, and surely takes another time."""
+    return code_digest(frozenset({type(pruner).__module__.partition(".")[0]}))
 
 
 def _load(key: str) -> tuple[Tensors, Cost] | None:

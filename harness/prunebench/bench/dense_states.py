@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from prunebench.bench.artefacts import KIND, limit_bytes, make_room, making
+from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.plan import RunRequest
 from prunebench.spec import Progress
 from prunebench.toolkit.cache import cache_folder, digest
@@ -39,7 +40,7 @@ class DenseStates:
         model = request.spec.model
         self._progress = progress
         self._key = (
-            *(model.weights, model.dtype, request.machine, torch.device(request.device).type),
+            *(code_digest(frozenset()), model.weights, model.dtype, request.machine, torch.device(request.device).type),
             *(str(request.threads or torch.get_num_threads()), version("torch"), version("transformers")),
         )
         self._waited, self._found, self._made = 0.0, False, False
@@ -76,8 +77,8 @@ class DenseStates:
 def _load(key: str) -> torch.Tensor | None:
     """The tensor under a key, mapped into memory; None where there is none, or none that is as it was written."""
     for path in sorted((cache_folder() / KIND).glob(f"{key}.*.npy")):
-        _, dtype, checksum, _ = path.name.split(".")
         try:
+            _, dtype, checksum, _ = path.name.split(".")
             array = np.load(path, mmap_mode="c", allow_pickle=False)  # writing into it would change no file
             if _checksum(array) == checksum:
                 return torch.from_numpy(np.asarray(array)).view(_DTYPES[dtype])

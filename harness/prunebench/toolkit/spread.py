@@ -17,7 +17,7 @@ from prunebench.toolkit.placement import Resident, Streaming, tensors_of
 
 
 def devices_of(text: str) -> tuple[torch.device, ...]:
-    """The devices that a text names: `cpu`, `cuda`, `cuda:1`, `cuda:0+1` for two GPUs, `cuda+` for all that are there.
+    """The devices that a text names: `cpu`, `cuda` (the first), `cuda:1`, `cuda:0+1` for two GPUs, `cuda+` for all.
 
     Raises:
         RequestError: it names none, or one twice.
@@ -29,7 +29,8 @@ def devices_of(text: str) -> tuple[torch.device, ...]:
     plain = kind == "cuda" and (bool(parts) or ":" not in text) and all(part.isascii() and part.isdigit() for part in parts)
     if text != "cpu" and not plain:
         raise RequestError(f"--device is cpu, cuda or cuda:N, cuda:N+M for several GPUs or cuda+ for all, not {text!r}.")
-    found = tuple(torch.device(kind, int(part)) for part in parts) or (torch.device(kind),)
+    # A GPU always has its number: PyTorch takes `cuda` and `cuda:0` for two devices, and some calls want the number.
+    found = (torch.device("cpu"),) if kind == "cpu" else tuple(torch.device(kind, int(part)) for part in parts or ["0"])
     if len(set(found)) < len(found):
         raise RequestError(f"--device {text} names a GPU twice.")
     return found

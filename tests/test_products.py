@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -76,3 +78,19 @@ def test_small_products_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) ->
     layer, hidden = nn.Linear(16, 24), torch.randn(2, 7, 16)
     with quick(layer), torch.no_grad():
         assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight, layer.bias))
+
+
+def test_under_autocast_layers_multiply_as_they_would() -> None:
+    """What is cast there is the layer's own affair, on the way back too; large enough for either library."""
+    layer = nn.Linear(256, 128)
+    inputs = torch.randn(160, 256, generator=torch.Generator().manual_seed(0))
+    found = []
+    for context in (nullcontext, lambda: quick(layer)):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), context():
+            output = layer(inputs)
+            output.float().square().sum().backward()
+        assert output.dtype == torch.bfloat16
+        assert layer.weight.grad is not None
+        found.append((output.detach(), layer.weight.grad.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -26,6 +26,7 @@ from prunebench.toolkit.sample_gradients import SampleGradients, together
 from prunebench.toolkit.scores import at_least_float32
 from prunebench.toolkit.shelf import Shelf
 from prunebench.toolkit.stream import Stream, evaluating
+from prunebench.toolkit.transfer import lane_to
 from prunebench.toolkit.walk import Block
 
 MOST_KEPT = 8 << 30
@@ -103,7 +104,8 @@ def _on_the_host(matrices: Sequence[Matrix], totals: Sequence[torch.Tensor]) -> 
     for matrix, total in zip(matrices, totals, strict=True):
         oriented = matrix.oriented(total).contiguous()
         if oriented.device.type == "cuda":
-            oriented = torch.empty(oriented.shape, dtype=oriented.dtype, pin_memory=True).copy_(oriented, non_blocking=True)
+            room = lane_to(oriented.device).room(oriented.shape, oriented.dtype)
+            oriented = room.copy_(oriented, non_blocking=True)
         found[matrix.name] = oriented.cpu()
     return found
 

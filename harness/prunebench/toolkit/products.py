@@ -78,6 +78,9 @@ def _forward(layer: nn.Module, taker: Taker | None, inputs: torch.Tensor) -> tor
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, nn.Parameter)
     assert bias is None or isinstance(bias, nn.Parameter)
+    if taker is None and torch.is_autocast_enabled(inputs.device.type):  # which casts what the layer's own forward calls
+        own: torch.Tensor = type(layer).forward(layer, inputs)
+        return own
     transposed = isinstance(layer, Conv1D)
     if not torch.is_grad_enabled():
         return _linear(inputs, weight.t() if transposed else weight, bias)

@@ -8,13 +8,14 @@ gradients of one matrix and one sample are all that is ever held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 from weakref import WeakMethod
 
 import torch
 from torch import nn
 
+from prunebench.toolkit.precision import is_single, single_precision
 from prunebench.toolkit.products import only_these, quick, weight_gradient
 
 Reduce = Literal["rms", "l1", "l2"]
@@ -41,7 +42,8 @@ class OnTheWay:
         self._give = WeakMethod(give)
         self._index = {id(weight): index for index, weight in enumerate(weights)}
         self._calls = [0] * len(weights)
-        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor, bool]]] = [[] for _ in weights]
+        self._waiting: list[list[tuple[torch.Tensor, torch.Tensor, bool, bool]]] = [[] for _ in weights]
+        """Inputs, gradients at outputs, whether the weight is stored transposed, and whether TF32 was on."""
         self._apart = True
         """Whether batches of several samples can be taken apart; the first sample, by itself, shows it."""
         self._samples = 0
@@ -114,7 +116,7 @@ class OnTheWay:
         index = self._index.get(id(weight))
         if index is None:
             return
-        self._waiting[index].append((inputs.detach(), gradients, transposed))
+        self._waiting[index].append((inputs.detach(), gradients, transposed, is_single(inputs.device)))
         if self._samples and self._apart and len(self._waiting[index]) == self._calls[index]:
             self._hand_on(index, None)
 
@@ -123,9 +125,10 @@ class OnTheWay:
         waiting, self._waiting[index] = self._waiting[index], []
         for sample in range(len(waiting[0][0]) if self._apart and waiting else 1):
             gradient = beside
-            for inputs, gradients, transposed in waiting:
+            for inputs, gradients, transposed, single in waiting:
                 parts = (inputs[sample], gradients[sample]) if self._apart else (inputs, gradients)
-                own = weight_gradient(*parts, transposed)
+                with single_precision(inputs.device) if single else nullcontext():
+                    own = weight_gradient(*parts, transposed)
                 gradient = own if gradient is None else own.add_(gradient)
             assert gradient is not None
             self._taker()(index, gradient)

@@ -183,6 +183,29 @@ def test_a_file_that_says_nothing_of_the_machine_counts_as_absent(content: str, 
     assert read_machine(tmp_path, "box").rates == {}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"copied": 0.0},
+        {"uploaded": 0.0},
+        {"threads": -1},
+        *({"products": {"float32": rate}} for rate in (0.0, -1.0, float("nan"), float("inf"))),
+    ],
+)
+@pytest.mark.usefixtures("own_cache", "quick")
+def test_rates_that_cannot_be_are_measured_anew_also_where_the_cache_has_them(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = machine_rates.machine_rates(tmp_path / "box", "box", "cpu")
+    path = tmp_path / "box" / FILE
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["rates"]["cpu"] |= changes
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert read_machine(path.parent, "box").rates == {}
+    monkeypatch.setattr(machine_rates, "load_json", lambda *_: data["rates"]["cpu"])
+    assert machine_rates.machine_rates(path.parent, "box", "cpu").products == honest.products
+
+
 @pytest.mark.usefixtures("own_cache", "quick")
 def test_a_link_out_of_the_results_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "aside").mkdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,9 @@ FILE = "machine.json"
 
 MAX_BYTES = 1 << 20
 
+Rate = Annotated[float, Field(gt=0)]
+"""What seconds are divided by."""
+
 
 class MachineRates(BaseModel):
     """The best that was found of one kind of device; a second of it, or on a CPU of one thread's."""
@@ -30,13 +34,13 @@ class MachineRates(BaseModel):
     device: str = Field(description="what it is called")
     driver: str | None = Field(description="of the GPU; None on a CPU")
     torch: str = Field(description="version")
-    threads: int = Field(description="whose rates these are: 1 on a CPU; 0 where threads do not matter")
-    products: dict[str, float] = Field(
+    threads: int = Field(ge=0, description="whose rates these are: 1 on a CPU; 0 where threads do not matter")
+    products: dict[str, Rate] = Field(
         description="operations a second of a large product by dtype, a multiplication and an addition are two; `tf32`: of "
         "float32 products where lower precision is allowed"
     )
-    copied: float = Field(description="bytes a second of a large copy on the device, those read and those written")
-    uploaded: float | None = Field(default=None, description="bytes a second from pinned host memory to the device")
+    copied: Rate = Field(description="bytes a second of a large copy on the device, those read and those written")
+    uploaded: Rate | None = Field(default=None, description="bytes a second from pinned host memory to the device")
     measured: str = Field(description="UTC, ISO 8601")
 
     def times(self, threads: int) -> MachineRates:

@@ -16,6 +16,7 @@ from prunebench.bench import runner
 from prunebench.bench.measure import free_bytes
 from prunebench.bench.plan import Planner
 from prunebench.bench.suite import load_suite
+from prunebench.errors import RequestError
 from prunebench.plugins import load_registry
 from prunebench.spec import Eval, EvalFacts, EvalJob, Score
 from prunebench.targets import NM
@@ -146,8 +147,18 @@ def test_a_limit_on_the_device_is_planned_and_recorded(bench: Bench, tmp_path: P
     assert (record.status, record.steps[0].notes) == ("ok", {"device memory limited to": "3 GiB"})
     suite = tmp_path / "limited.toml"
     suite.write_text(bench.suite_text("wanda").replace("threads = 1", "threads = 1\ndevice_memory = 3.0"))
-    planner = Planner(load_suite(str(suite)), load_registry(), "here", "prunebench run limited.toml", "cpu")
+    planner = Planner(load_suite(str(suite)), load_registry(), "here", "prunebench run limited.toml", "cuda")
     assert [found.device_memory for found in planner.requests()] == [3 * GIB]
+    with pytest.raises(RequestError, match="holds on CUDA devices only, and the device is cpu"):
+        replace(planner, device="cpu").requests()
+
+
+def test_a_setting_of_kernels_that_cannot_be_read_is_told_before_work(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNEBENCH_KERNELS", "typo")
+    with pytest.raises(RequestError, match="'typo', and none of on, off and interpret"):
+        bench.requests(tmp_path, "wanda")
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import make_job, tiny, tokens_of
 
-from prunebench.errors import NonFiniteError, RunError
+from prunebench.errors import NonFiniteError, RequestError
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import Gram, InputNorm, keep_mask, kernels, masks
 from prunebench.toolkit.least_squares import (
@@ -314,7 +314,7 @@ def test_who_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.0"))
     assert kernels.report() == {"rows on cpu": kernels.IN_USE, "rows on cuda:0": kernels.IN_USE, "triton": "3.0"}
     monkeypatch.setenv("PRUNEBENCH_KERNELS", "perhaps")
-    with pytest.raises(RunError, match="'perhaps', and none of on, off and interpret"):
+    with pytest.raises(RequestError, match="'perhaps', and none of on, off and interpret"):
         kernels.use(host, "rows")
 
 

@@ -33,6 +33,7 @@ from prunebench.shipped import suites_folder
 from prunebench.spec import Needs
 from prunebench.targets import parse_target
 from prunebench.toolkit.calibration import TokenArray, Tokens, calibration_tokens, context_of, packed_windows
+from prunebench.toolkit.kernels import mode
 from prunebench.toolkit.loading import DTYPES, ModelIdentity, ModelSource, identify, resolve_model, shape_of
 from prunebench.toolkit.spread import devices_of
 
@@ -165,14 +166,20 @@ class Planner:
         """Every run of the suite, models outermost, each method's targets and seeds together.
 
         Raises:
-            RequestError: anything in the suite that cannot be done.
+            RequestError: anything in the suite that cannot be done, or a setting of the environment that cannot be read.
         """
+        self._check_device()
         cells, evals = self.cells(), self.evals()
         found: dict[str, RunRequest] = {}
         for entry in self.suite.model:
             for request in self._of_model(entry, cells, evals):
                 found.setdefault(request.spec.id, request)
         return list(found.values())
+
+    def _check_device(self) -> None:
+        mode()
+        if self.suite.limits.device_memory is not None and not self.device.startswith("cuda"):
+            raise RequestError(f"[limits] device_memory holds on CUDA devices only, and the device is {self.device}.")
 
     def cells(self) -> list[Cell]:
         """The runs of each model.

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from prunebench.errors import RunError
+from prunebench.errors import RequestError
 from prunebench.toolkit.memory import is_out_of_memory
 from prunebench.toolkit.phases import uncounted
 
@@ -45,11 +45,11 @@ def mode() -> Literal["on", "off", "interpret"]:
     """What `PRUNEBENCH_KERNELS` says.
 
     Raises:
-        RunError: something else.
+        RequestError: something else.
     """
     found = os.environ.get("PRUNEBENCH_KERNELS") or "on"
     if found not in ("on", "off", "interpret"):
-        raise RunError(f"PRUNEBENCH_KERNELS is {found!r}, and none of on, off and interpret.")
+        raise RequestError(f"PRUNEBENCH_KERNELS is {found!r}, and none of on, off and interpret.")
     return found  # type: ignore[return-value]
 
 

@@ -21,7 +21,7 @@ from prunebench.results import leaderboard
 from prunebench.results.board import Board, build_board
 from prunebench.results.costs_board import CostRow
 from prunebench.results.costs_export import COLUMNS, costs_to_csv
-from prunebench.results.costs_text import ONLY_COSTS, headings, phase_text, texts
+from prunebench.results.costs_text import ONLY_COSTS, headings, phase_text, table_notes, texts
 from prunebench.results.exports import ExportedBoard, to_json
 from prunebench.results.published_costs import load_costs
 from prunebench.results.records import RunRecord
@@ -87,6 +87,17 @@ def test_seeds_are_one_row_of_means_and_highest_peaks() -> None:
     assert (row.floor, row.times_floor) == (None, None), "a mean over some says nothing"
 
 
+def test_a_run_within_a_limit_of_memory_has_a_row_of_its_own() -> None:
+    notes = {"device memory limited to": "8 GiB"}
+    started = "2999-01-01T00:00:00+00:00"
+    limited = cost_record(steps=[step("wanda", {"statistics": (30.0, 3.0)}, notes=notes)])
+    limited = limited.model_copy(update={"provenance": limited.provenance.model_copy(update={"started": started})})
+    board = board_of(cost_record(), limited)
+    assert row_of(board, "wanda").seconds == pytest.approx(sum(found for found, _ in METHODS["wanda"].values()))
+    row = row_of(board, "wanda (within 8 GiB)")
+    assert (row.seconds, row.published) == (30.0, None)
+
+
 def test_records_of_committed_results_have_no_costs_apart() -> None:
     stored = ResultStore(PUBLISHED.parent, lambda _: None).latest()
     assert [s.path for s in stored if s.record.status == "ok" and not s.record.scores] == []
@@ -146,6 +157,8 @@ def test_published_costs_stand_beside_runs_of_the_same_sizes_and_recipe_on_a_gpu
     assert row.published is not None
     assert (row.published.seconds, row.published.gigabytes, row.published.source.read) == (55, 22, "secondary")
     assert row.faster == pytest.approx(55 / row.seconds)
+    [section] = board_of(*costs_of_7b()).costs
+    assert all("target not stated" in " ".join(table_notes(table)) for table in section.tables), "of 0.5 and of 2:4"
     on_host = step("wanda", METHODS["wanda"], peak_device_bytes=None)
     for other in (
         cost_record(shape="llama-3.1-8b"),

@@ -20,6 +20,7 @@ from prunebench.bench.suite import Suite, load_suite, with_dense
 from prunebench.errors import ModelError, RequestError, UnknownNameError
 from prunebench.plugins import load_registry
 from prunebench.results import consistency
+from prunebench.results.board import build_board
 from prunebench.results.findings import Entry
 from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore, Stored
@@ -317,7 +318,23 @@ def test_a_record_that_calls_a_model_a_shape_is_found(tmp_path: Path) -> None:
         for record in (real, named, without, whole)
     ]
     origin = "spec.recipe.calibration.origin"
-    assert fields == [set(), {"spec.model.source", origin}, {"spec.model.source"}, {origin}]
+    [score] = real.scores
+    quality = f"scores.{score}"
+    assert fields == [set(), {"spec.model.source", origin, quality}, {"spec.model.source"}, {origin, quality}]
+    assert build_board([Stored("here/m/x.json", whole)]).sections == ()
+    assert build_board([Stored("here/m/x.json", real)]).sections
+    timed = real.scores[score].model_copy(update={"conditions": {"eval": "speed"}})
+    assert build_board([Stored("here/m/x.json", whole.model_copy(update={"scores": {"speed": timed}}))]).sections
+
+
+def test_floors_that_cannot_be_are_found(tmp_path: Path) -> None:
+    record, store = make_record(make_spec("wanda")), ResultStore(tmp_path / "results", print)
+    said = []
+    for floor in (-1.0, 2.0, 2.09, 2.11):
+        steps = [record.steps[0].model_copy(update={"phases": {"scoring": 2.0}, "floors": {"scoring": floor}})]
+        found = consistency.costs(Entry(Stored("here/m/x.json", record.model_copy(update={"steps": steps})), store))
+        said.append([(each.field, each.level) for each in found if "floors" in each.field])
+    assert said == [[("steps.0.floors.scoring", "error")], [], [], [("steps.0.floors.scoring", "warning")]]
 
 
 def test_a_virtual_run_takes_less_than_its_weights(tmp_path: Path) -> None:

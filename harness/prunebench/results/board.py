@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunebench.results.comparison import LoadItems, Measured
-from prunebench.results.costs_board import CostSection, cost_sections
+from prunebench.results.costs_board import CostSection, cost_sections, is_quality_of_shape
 from prunebench.results.published_costs import PublishedCost
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
 from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
@@ -171,6 +171,8 @@ def build_board(
     for record in present:
         if record.status == "ok":
             for name, score in record.scores.items():
+                if is_quality_of_shape(record, score):
+                    continue
                 measured = Measured(record, name, score)
                 key = (record.machine, record.spec.model.name, measured.measurement)
                 buckets.setdefault(key, []).append(measured)

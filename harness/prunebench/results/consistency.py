@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from prunebench.results.costs_board import is_quality_of_shape
 from prunebench.results.findings import Entry, Finding, is_pruned
 from prunebench.results.items import Columns
-from prunebench.results.records import EvalSpec, RunRecord, SampleRecord, ScoreRecord, slug
+from prunebench.results.records import EvalSpec, RunRecord, SampleRecord, ScoreRecord, StepRecord, slug
 
 COMMON = ("eval", "weights", "tokenizer", "dtype", "attention", "prunable")
 """Conditions of every evaluation."""
@@ -43,6 +44,9 @@ VIRTUAL = "virtual weights"
 
 SLACK = 2.0
 """Seconds by which parts may exceed the whole: clocks are rounded."""
+
+FLOORS_AGREE = 1.05
+"""How many times what was found a floor may be: rates are measured."""
 
 
 def place(entry: Entry) -> Iterator[Finding]:
@@ -206,7 +210,7 @@ def recipe(entry: Entry) -> Iterator[Finding]:
 
 
 def shape(entry: Entry) -> Iterator[Finding]:
-    """Random weights read random tokens, and nothing else does."""
+    """Random weights read random tokens, and nothing else does; they have costs and no quality."""
     spec = entry.record.spec
     is_shape = spec.model.is_shape
     if is_shape != (spec.model.tokenizer == "none"):
@@ -217,6 +221,9 @@ def shape(entry: Entry) -> Iterator[Finding]:
         if text is not None and is_shape != (text.origin == "seed"):
             said = f"is {text.origin!r}, and the model is {'a' if is_shape else 'no'} shape"
             yield entry.finding("tokens", f"spec.recipe.{kind}.origin", said)
+    for name, score in entry.record.scores.items():
+        if is_quality_of_shape(entry.record, score):
+            yield entry.finding("tokens", f"scores.{name}", "is of quality, and the weights are random")
 
 
 def costs(entry: Entry) -> Iterator[Finding]:
@@ -226,6 +233,7 @@ def costs(entry: Entry) -> Iterator[Finding]:
         for phase, seconds in step.phases.items():
             if seconds < 0:
                 yield entry.finding("costs", f"steps.{number}.phases.{phase}", f"is {seconds} s")
+        yield from _floors(entry, number, step)
     for name, score in record.scores.items():
         if score.seconds < 0:
             yield entry.finding("costs", f"scores.{name}.seconds", f"is {score.seconds} s")
@@ -235,6 +243,16 @@ def costs(entry: Entry) -> Iterator[Finding]:
         said_so = f"is {record.provenance.seconds}, and steps and evaluations take {parts:.3f} s"
         yield entry.finding("costs", "provenance.seconds", said_so)
     yield from _memory(entry, record)
+
+
+def _floors(entry: Entry, number: int, step: StepRecord) -> Iterator[Finding]:
+    """Below what is said to be unavoidable; rates that were measured while another process had the device do that, too."""
+    for phase, floor in step.floors.items():
+        field, seconds = f"steps.{number}.floors.{phase}", step.phases.get(phase, 0.0)
+        if floor < 0:
+            yield entry.finding("costs", field, f"is {floor} s")
+        elif floor > FLOORS_AGREE * seconds:
+            yield entry.finding("costs", field, f"is {floor} s, and the phase took {seconds:.6g} s", "warning")
 
 
 def _memory(entry: Entry, record: RunRecord) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prunebench.results.published_costs import PublishedCost
-from prunebench.results.records import Recipe, RunRecord, fingerprint
+from prunebench.results.records import Recipe, RunRecord, ScoreRecord, fingerprint
 from prunebench.results.rows import DENSE, seed_order
 
 SHOWN = ("statistics", "scoring", "update", "propagation", "training")
@@ -25,6 +25,16 @@ LONG = 1000
 
 PACE = "seconds a training step"
 """The note of a step that trained."""
+
+LIMITED = "device memory limited to"
+"""The note of a step of a run that might not use all there is: it may stream where another does not."""
+
+WITHIN = " (within "
+"""Between a method and such a limit."""
+
+
+QUALITIES = ("perplexity", "divergence", "zero_shot", "generation", "layer_error")
+"""Evaluations that come with prunebench and measure no costs."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class CostRow:
     """One method at one target; means over seeds, the highest of peaks."""
 
     method: str
+    """With the limit that its runs kept to, if they had one: `wanda (within 8 GiB)`."""
     phases: Mapping[str, float]
     """Seconds by phase, those that have no column as `REST`."""
     floors: Mapping[str, float]
@@ -124,6 +135,11 @@ def is_cost_only(record: RunRecord) -> bool:
     return record.spec.model.is_shape or not record.spec.evals
 
 
+def is_quality_of_shape(record: RunRecord, score: ScoreRecord) -> bool:
+    """Whether a score is of the quality of random weights, which have none; of a stranger's evaluation it is not known."""
+    return record.spec.model.is_shape and score.conditions.get("eval") in QUALITIES
+
+
 def cost_sections(records: Iterable[RunRecord], published: Sequence[PublishedCost] = ()) -> tuple[CostSection, ...]:
     """The sections of all records that are of costs only.
 
@@ -162,7 +178,7 @@ def _section(records: Sequence[RunRecord], recipe: Recipe | None, published: Seq
     latest = sorted(records, key=lambda record: (record.provenance.started, record.id))
     rows: dict[tuple[str, str], dict[int | None, RunRecord]] = {}
     for record in latest:
-        rows.setdefault((record.spec.target, record.spec.method), {})[record.spec.seed] = record
+        rows.setdefault((record.spec.target, _limited(record)), {})[record.spec.seed] = record
     tables = []
     for target in sorted({target for target, _ in rows}, key=lambda target: (":" in target, target)):
         own = [_row(method, list(seeds.values())) for (at, method), seeds in rows.items() if at == target]
@@ -179,6 +195,12 @@ def _section(records: Sequence[RunRecord], recipe: Recipe | None, published: Seq
         commands=tuple(sorted({f"prunebench run {r.provenance.suite}" for r in records if r.provenance.suite})),
         tables=tuple(tables),
     )
+
+
+def _limited(record: RunRecord) -> str:
+    """The method, and how much of the device its run might use where that was limited."""
+    limit = next((str(step.notes[LIMITED]) for step in record.steps if LIMITED in step.notes), None)
+    return record.spec.method if limit is None else f"{record.spec.method}{WITHIN}{limit})"
 
 
 def _row(method: str, records: Sequence[RunRecord]) -> CostRow:
@@ -237,8 +259,8 @@ def _longer(record: RunRecord) -> LongTraining | None:
 
 
 def _beside(row: CostRow, source: str, recipe: Recipe | None, published: Sequence[PublishedCost]) -> PublishedCost | None:
-    """What was published of the method on a model of these sizes; only beside runs on a GPU."""
-    if row.peak_device_bytes is None:
+    """What was published of the method on a model of these sizes; only beside runs on a GPU, with all of its memory."""
+    if row.peak_device_bytes is None or WITHIN in row.method:
         return None
     for one in published:
         sizes = source.removeprefix("shape:") in one.setting.shapes and source.startswith("shape:")

@@ -86,8 +86,8 @@ def table_notes(table: CostTable) -> list[str]:
     sources = dict.fromkeys((row.published.place, row.published.source.note) for row in table.rows if row.published)
     for place, note in sources:
         notes.append(
-            f"Published costs are of another machine and of trained weights, so they are for orientation ({place}"
-            f"{f'; {note}' if note else ''})."
+            f"Published costs are of another machine and of trained weights, target not stated, so they are for orientation "
+            f"({place}{f'; {note}' if note else ''})."
         )
     if any(row.published and row.published.source.read == "secondary" for row in table.rows):
         notes.append("S: read in a secondary source, not in the paper.")

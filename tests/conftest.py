@@ -24,7 +24,9 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 from support import Bench, Ran, make_bench, write_mirror
 from transformers.utils import logging
 
+from prunebench.bench import machine_rates
 from prunebench.plugins import Registry, load_registry
+from prunebench.results.machines import MachineRates
 from prunebench.spec import Pruner
 
 MIRROR = Path(os.environ.get("PRUNEBENCH_MIRROR") or Path(__file__).parents[2] / "shared" / "data")
@@ -41,8 +43,24 @@ def _quiet() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing that the user's cache holds is believed, and nothing is left there."""
     os.environ["PRUNEBENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    _know_the_machine(tmp_path_factory.mktemp("machine"))
     yield
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+def _know_the_machine(folder: Path) -> None:
+    """Leave rates in the cache, so that no test's first run waits for a machine to be measured: rates that nothing exceeds."""
+
+    def known(device: torch.device, name: str, driver: str | None, version: str) -> MachineRates:
+        products = dict.fromkeys(machine_rates.DTYPES_MEASURED, 1e15)
+        threads = int(device.type == "cpu")
+        return MachineRates(
+            device=name, driver=driver, torch=version, threads=threads, products=products, copied=1e15, measured="2026-01-01"
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_rates, "measured_rates", known)
+        machine_rates.machine_rates(folder, "tests", "cpu")
 
 
 @pytest.fixture(autouse=True)

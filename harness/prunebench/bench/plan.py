@@ -168,18 +168,13 @@ class Planner:
         Raises:
             RequestError: anything in the suite that cannot be done, or a setting of the environment that cannot be read.
         """
-        self._check_device()
+        mode()  # read here, once, and not by each run first
         cells, evals = self.cells(), self.evals()
         found: dict[str, RunRequest] = {}
         for entry in self.suite.model:
             for request in self._of_model(entry, cells, evals):
                 found.setdefault(request.spec.id, request)
         return list(found.values())
-
-    def _check_device(self) -> None:
-        mode()
-        if self.suite.limits.device_memory is not None and not self.device.startswith("cuda"):
-            raise RequestError(f"[limits] device_memory holds on CUDA devices only, and the device is {self.device}.")
 
     def cells(self) -> list[Cell]:
         """The runs of each model.

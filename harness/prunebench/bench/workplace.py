@@ -65,7 +65,9 @@ class Workplace:
         if isinstance(self.placement, Spread):
             notes["blocks on several devices"] = self.placement.counts()
         if self.request.device_memory is not None:
-            notes["device memory limited to"] = size_text(int(self.request.device_memory))
+            held = torch.device(self.request.device).type == "cuda"  # elsewhere nothing stops what takes more
+            limit = size_text(int(self.request.device_memory))
+            notes["device memory limited to"] = limit if held else f"{limit}, when the batch was chosen"
         if isinstance(self.placement, Drawing):
             notes[VIRTUAL] = "drawn block by block on the device, looked at and dropped, in no phase"
             self.placement.begin()

@@ -38,15 +38,18 @@ def origin(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
 
 @cache
 def code_digest(modules: frozenset[str]) -> str:
-    """Of all source files of the harness and of the packages that plugins are from, as this process found them."""
+    """Of all source files of the harness and of the packages that plugins are from, as this process found them.
+
+    A class that was made in no module, as in a notebook, has none.
+    """
     state = hashlib.sha256()
     for name in sorted({prunebench.__name__, *modules}):
-        for file in _source_files(sys.modules[name]):
+        for file in _source_files(sys.modules.get(name)):
             state.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     return state.hexdigest()
 
 
-def _source_files(module: ModuleType) -> list[Path]:
+def _source_files(module: ModuleType | None) -> list[Path]:
     """Of a module, a package, or a namespace package, whose parts may lie in several folders."""
     folders = getattr(module, "__path__", None)
     if folders is None:

@@ -141,7 +141,7 @@ def evaluate_model(
         device=device,
         threads=0,
         batch_size=batch_size,
-    )
+    ).on(device)
     loaded = load_model(source, dtype)
     if adapter_files(source.folder):
         load_adapters(find_anatomy(loaded), source.folder)

@@ -117,7 +117,7 @@ class Replay:
             threads=min(max(0, record.provenance.threads), available_cores()) if record.machine == machine_slug() else 0,
             batch_size=min(max(1, record.provenance.batch_size), MOST_SEQUENCES),
             rescoring=Rescoring(record, str(entry.store.folder)) if record.masks else None,
-        )
+        ).on(self._device)
 
     def _answers(self, entry: Entry, model: Model, request: RunRequest, draw: random.Random, found: Replayed) -> None:
         asked = list(self._at_hand(entry, model, found))

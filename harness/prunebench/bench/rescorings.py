@@ -112,7 +112,7 @@ class Rescorer:
             reload=reloaded,
             tuned=made.tuned,
             rescoring=Rescoring(record, str(self.store.folder.resolve())),
-        )
+        ).on(self.device)
 
     def _dense(self, request: RunRequest) -> RunRequest:
         """The run of the dense model under the same conditions."""

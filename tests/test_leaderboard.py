@@ -21,6 +21,7 @@ from prunebench.results.beside import beside
 from prunebench.results.board import Board, build_board
 from prunebench.results.leaderboard import number, target_title, to_markdown
 from prunebench.results.published import load_published
+from prunebench.results.content import slug
 from prunebench.results.records import SCHEMA, EvalSpec, Recipe, RunRecord
 from prunebench.results.store import ResultStore, Stored
 from prunebench.results.verdicts import Grade, Verdicts
@@ -664,7 +665,7 @@ def test_the_committed_records_are_whole_and_in_their_places() -> None:
     found = {entry.path: entry.record for entry in store.all()}
     assert len(found) == len([path for path in COMMITTED if not path.is_relative_to(RESULTS / "published")])
     for path, record in found.items():
-        assert path.startswith(f"{record.machine}/{record.spec.model.name}/{record.spec.file_stem}."), path
+        assert path.startswith(f"{record.machine}/{slug(record.spec.model.name)}/{record.spec.file_stem}."), path
 
 
 ABSOLUTE = re.compile(r"(?<![\w.$…:/-])/(?:home|root|work|tmp|Users|usr|var|opt|mnt|data|etc|private)\b|[A-Za-z]:\\\\?\w")

@@ -20,6 +20,7 @@ from prunebench.bench.plan import Keeping, Planner, RunRequest
 from prunebench.bench.suite import Suite
 from prunebench.errors import RequestError
 from prunebench.plugins import load_registry
+from prunebench.results.consistency import VIRTUAL
 from prunebench.results.records import RunRecord
 from prunebench.spec import Changes, Job, Pruner
 from prunebench.toolkit import keep_mask, magnitude_scores, walk
@@ -109,7 +110,7 @@ def test_a_virtual_run_comes_to_what_another_does(watch: Watch, method: str) -> 
     assert left.keys() == weights.keys()
     assert all(same_bits(left[name], weights[name]) for name in weights)
     for step, other in zip(here.steps, drawn_anew.steps, strict=True):
-        assert other.notes.pop(drawn.VIRTUAL)
+        assert other.notes.pop(VIRTUAL)
         assert other.notes == step.notes
 
 
@@ -275,7 +276,7 @@ def test_a_whole_model_is_trained_where_it_fits_and_refused_elsewhere(monkeypatc
     request = request_of("magnitude + perp[steps=2,batch=1]")
     record = runner.run(request, lambda *_: None, "inline")
     assert record.status == "ok", record.reason
-    assert drawn.VIRTUAL not in record.steps[0].notes
+    assert VIRTUAL not in record.steps[0].notes
     monkeypatch.setattr(runner, "free_bytes", lambda *_: 1000)
     record = runner.run(request, lambda *_: None, "inline")
     assert record.status == "refused"

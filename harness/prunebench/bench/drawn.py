@@ -13,7 +13,6 @@ from prunebench.answers import ask
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import Refused
 from prunebench.plain import size_text
-from prunebench.results.consistency import VIRTUAL as VIRTUAL
 from prunebench.spec import Needs, Pruner
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.arranging import SPARE, Footprint

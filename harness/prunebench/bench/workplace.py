@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prunebench.bench.artefacts import Artefacts
-from prunebench.bench.drawn import VIRTUAL, dense_weights, drawing_place, virtual_footprint
+from prunebench.bench.drawn import dense_weights, drawing_place, virtual_footprint
 from prunebench.bench.measure import free_bytes, hold_to
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import Refused
 from prunebench.handles import Checkpoint
 from prunebench.plain import size_text
+from prunebench.results.consistency import VIRTUAL
+from prunebench.results.costs_board import LIMITED
 from prunebench.spec import Job, JsonDict, Needs, Progress, Pruner
 from prunebench.targets import Target
 from prunebench.toolkit.anatomy import ModelAnatomy
@@ -67,7 +69,7 @@ class Workplace:
         if self.request.device_memory is not None:
             held = torch.device(self.request.device).type == "cuda"  # elsewhere nothing stops what takes more
             limit = size_text(int(self.request.device_memory))
-            notes["device memory limited to"] = limit if held else f"{limit}, when the batch was chosen"
+            notes[LIMITED] = limit if held else f"{limit}, when the batch was chosen"
         if isinstance(self.placement, Drawing):
             notes[VIRTUAL] = "drawn block by block on the device, looked at and dropped, in no phase"
             self.placement.begin()

@@ -8,8 +8,6 @@ one row. Ranks are intervals and rest on paired tests (`rows.py`); where these c
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from prunebench.results.comparison import LoadItems, Measured
 from prunebench.results.costs_board import CostSection, cost_sections, is_quality_of_shape
 from prunebench.results.published_costs import PublishedCost
 from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
-from prunebench.results.rows import DENSE, Row, RowBuilder, value_of
+from prunebench.results.rows import DENSE, Row, RowBuilder, command_of, value_of
 from prunebench.results.store import Stored
 from prunebench.results.verdicts import Grade, lowest
 
@@ -269,33 +267,13 @@ def _section(entries: list[Measured], recipe: Recipe | None, load: LoadItems, tu
         sample=first.score.sample,
         recipe=recipe,
         baseline=builder.baseline,
-        commands=tuple(sorted({_command(e.record) for e in entries if e.record.provenance.suite})),
+        commands=tuple(sorted({command_of(e.record) for e in entries if e.record.provenance.suite})),
         strangers=tuple(sorted({name for e in entries for name in _strangers(e.record)})),
         tables=tuple(tables),
         unread=tuple(dict.fromkeys(builder.unread)),
         higher_is_better=higher,
         is_tuning=all(e.record.provenance.suite in tuning for e in entries),
     )
-
-
-def _command(record: RunRecord) -> str:
-    """What to type: with the file that was given, or the suite's name, and what took the place of its models and methods."""
-    given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
-    run = f"prunebench run {given[1] if given else record.provenance.suite}"
-    try:
-        words = shlex.split(record.provenance.command)
-    except ValueError:  # written by hand
-        return run
-    if words[:2] == ["prunebench", "rescore"]:  # what the suite's runs kept
-        return shlex.join(words)
-    instead = []
-    for index, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option in ("--model", "--method"):
-            value = value if equals else " ".join(words[index + 1 : index + 2])
-            is_plain = re.fullmatch(r"[$]?[\w./+-]+", value)  # `$MIRROR/model` is for the shell
-            instead.append(f"{option} {value if is_plain else shlex.quote(value)}")
-    return " ".join([run, *instead])
 
 
 def _strangers(record: RunRecord) -> list[str]:

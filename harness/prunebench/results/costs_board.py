@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from prunebench.results.published_costs import PublishedCost
 from prunebench.results.records import Recipe, RunRecord, ScoreRecord, fingerprint
-from prunebench.results.rows import DENSE, seed_order
+from prunebench.results.rows import DENSE, command_of, seed_order
 
 SHOWN = ("statistics", "scoring", "update", "propagation", "training")
 """Phases that have a column; all others are together in one."""
@@ -31,7 +31,6 @@ LIMITED = "device memory limited to"
 
 WITHIN = " (within "
 """Between a method and such a limit."""
-
 
 QUALITIES = ("perplexity", "divergence", "zero_shot", "generation", "layer_error")
 """Evaluations that come with prunebench and measure no costs."""
@@ -192,7 +191,7 @@ def _section(records: Sequence[RunRecord], recipe: Recipe | None, published: Seq
         device=latest[-1].provenance.device,
         is_shape=model.is_shape,
         recipe=recipe,
-        commands=tuple(sorted({f"prunebench run {r.provenance.suite}" for r in records if r.provenance.suite})),
+        commands=tuple(sorted({command_of(record) for record in records if record.provenance.suite})),
         tables=tuple(tables),
     )
 
@@ -205,7 +204,8 @@ def _limited(record: RunRecord) -> str:
 
 def _row(method: str, records: Sequence[RunRecord]) -> CostRow:
     records = sorted(records, key=seed_order)
-    phases, floors = [_by_phase(record) for record in records], [_floors(record) for record in records]
+    phases = [_by_column(step.phases for step in record.steps) for record in records]
+    floors = [_by_column(step.floors for step in record.steps) for record in records]
     longer = [found for record in records if (found := _longer(record))]
     return CostRow(
         method=method,
@@ -222,20 +222,11 @@ def _row(method: str, records: Sequence[RunRecord]) -> CostRow:
     )
 
 
-def _by_phase(record: RunRecord) -> dict[str, float]:
+def _by_column(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The seconds of all steps by phases that have a column; what is there for others counts for the rest."""
     found: dict[str, float] = {}
-    for step in record.steps:
-        for name, seconds in step.phases.items():
-            shown = name if name in SHOWN else REST
-            found[shown] = found.get(shown, 0.0) + seconds
-    return found
-
-
-def _floors(record: RunRecord) -> dict[str, float]:
-    """By phases that have a column; what is there for others counts for the rest."""
-    found: dict[str, float] = {}
-    for step in record.steps:
-        for name, seconds in step.floors.items():
+    for seconds_of in steps:
+        for name, seconds in seconds_of.items():
             shown = name if name in SHOWN else REST
             found[shown] = found.get(shown, 0.0) + seconds
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -195,3 +197,23 @@ def target_title(target: str) -> str:
 def value_of(entry: Measured) -> float:
     """The value, not a number where the score has none."""
     return math.nan if entry.score.value is None else entry.score.value
+
+
+def command_of(record: RunRecord) -> str:
+    """What to type: with the file that was given, or the suite's name, and what took the place of its models and methods."""
+    given = re.match(r"prunebench run (\S+\.toml)(?= |$)", record.provenance.command)
+    run = f"prunebench run {given[1] if given else record.provenance.suite}"
+    try:
+        words = shlex.split(record.provenance.command)
+    except ValueError:  # written by hand
+        return run
+    if words[:2] == ["prunebench", "rescore"]:  # what the suite's runs kept
+        return shlex.join(words)
+    instead = []
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in ("--model", "--method"):
+            value = value if equals else " ".join(words[index + 1 : index + 2])
+            is_plain = re.fullmatch(r"[$]?[\w./+-]+", value)  # `$MIRROR/model` is for the shell
+            instead.append(f"{option} {value if is_plain else shlex.quote(value)}")
+    return " ".join([run, *instead])

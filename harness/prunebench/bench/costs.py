@@ -131,7 +131,7 @@ class Work:
         trains = any(ask(pruner, "needs") & Needs.TRAINING for pruner in self.pruners)
         if self.model.shape is None or trains or not is_large(self.weight_bytes):
             return self.weight_bytes
-        in_blocks = max(self.shape.multiplied - self.shape.vocabulary * self.shape.hidden, self.shape.prunable)
+        in_blocks = self.shape.in_blocks
         return (self.shape.parameters - in_blocks + in_blocks // self.shape.layers) * DTYPES[self.dtype].itemsize
 
     def efforts(self) -> list[list[Effort]]:
@@ -176,7 +176,7 @@ def effort_seconds(effort: Effort, shape: ModelShape, dtype: str, facts: EffortF
 
 def block_weights(shape: ModelShape) -> int:
     """Weights that a token meets in all blocks; where they were not counted, also experts that it would pass by."""
-    return shape.active or max(shape.multiplied - shape.vocabulary * shape.hidden, shape.prunable)
+    return shape.active or shape.in_blocks
 
 
 def start_seconds(work: Work) -> float:

@@ -111,8 +111,7 @@ def met(shape: ModelShape) -> int:
     """Prunable weights that a token meets in all blocks; of experts those that it goes to."""
     if not shape.active:
         return shape.prunable
-    idle = max(shape.multiplied - shape.vocabulary * shape.hidden, shape.prunable) - shape.active
-    return max(0, shape.prunable - idle)
+    return max(0, shape.prunable - (shape.in_blocks - shape.active))
 
 
 def left_out(effort: Effort, shape: ModelShape, whole: bool) -> float:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -209,6 +209,11 @@ class ModelShape:
         """Weights in prunable matrices."""
         return sum(outputs * inputs for outputs, inputs in self.matrices)
 
+    @property
+    def in_blocks(self) -> int:
+        """Weights of all blocks: what a token is multiplied with, but for the head."""
+        return max(self.multiplied - self.vocabulary * self.hidden, self.prunable)
+
 
 def shape_of(source: ModelSource) -> ModelShape:
     """Build a model without weights and count; `config.json` is all that needs to be there.
@@ -226,8 +231,7 @@ def shape_of(source: ModelSource) -> ModelShape:
     matrices = _matrices(shell)
     heads, width = int(getattr(settings, "num_attention_heads", None) or 1), int(settings.hidden_size)
     multiplied = parameters - (0 if tied else embedding.numel())
-    in_blocks = max(multiplied - int(settings.vocab_size) * width, sum(rows * columns for _, (rows, columns) in matrices))
-    return ModelShape(
+    shape = ModelShape(
         parameters=parameters,
         multiplied=multiplied,
         layers=int(settings.num_hidden_layers),
@@ -238,8 +242,8 @@ def shape_of(source: ModelSource) -> ModelShape:
         attention=heads * int(getattr(settings, "head_dim", None) or width // heads),
         matrices=tuple(shape for _, shape in matrices),
         inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(siblings)),
-        active=in_blocks - idle_weights(shell, getattr(settings, "num_experts_per_tok", None)),
     )
+    return replace(shape, active=shape.in_blocks - idle_weights(shell, getattr(settings, "num_experts_per_tok", None)))
 
 
 def _matrices(shell: Any) -> list[tuple[str, tuple[int, int]]]:

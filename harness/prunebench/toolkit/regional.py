@@ -20,7 +20,6 @@ from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import HostActivations
 from prunebench.toolkit.precision import single_precision
-from prunebench.toolkit.products import quick
 from prunebench.toolkit.sample_gradients import OnTheWay
 from prunebench.toolkit.walk import Block, Replica
 
@@ -57,7 +56,7 @@ class Lesson:
 
         def attempt() -> None:
             at = 0
-            with torch.no_grad(), quick(self._replica.module):
+            with torch.no_grad():
                 for part in self._replica.inputs(samples):
                     for sample, output in zip(samples[at : at + len(part)], self._replica.forward(part), strict=True):
                         self._keep(sample, output)
@@ -150,7 +149,7 @@ class Student:
         The student's own weights are as before afterwards.
         """
         own = {matrix: shown.data for matrix, shown in self._shown.items()}
-        with torch.no_grad(), quick(self.replica.module):
+        with torch.no_grad():
             for matrix, shown in self._shown.items():
                 shown.data = matrix.oriented(weights[matrix]).to(shown.dtype)
             pairs = self._pairs(samples)

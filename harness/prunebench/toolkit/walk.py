@@ -19,7 +19,6 @@ from torch import nn
 from prunebench.spec import BlockHandle, Job, Matrix
 from prunebench.toolkit.gathering import gather
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.products import quick
 from prunebench.toolkit.resuming import Bookmark
 from prunebench.toolkit.sample_gradients import Reduce, SampleGradients
 from prunebench.toolkit.stats import Statistic
@@ -162,8 +161,7 @@ class Replica:
             return self._block.batches() if samples is None else self.inputs(samples)
 
         def attempt() -> Any:
-            with quick(self.module):
-                return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
+            return gather(self.module, modules, kinds, batches, self.forward, stream.starved)
 
         return stream.halving(attempt, self._block.index)
 

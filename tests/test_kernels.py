@@ -1,10 +1,11 @@
-"""GPU kernels against the PyTorch versions: on the CPU in Triton's interpreter, on a GPU compiled; and their door."""
+"""GPU kernels against the PyTorch versions: on the CPU in Triton's interpreter, on a GPU compiled; and the door of all kernels.
+
+Those that sweep are in `test_sweep_kernels.py`.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -12,53 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import make_job, tiny, tokens_of
+from places import CUDA, GPUS, in_use, let_in
 
 from prunebench.errors import NonFiniteError, RequestError
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import Gram, InputNorm, keep_mask, kernels, masks
-from prunebench.toolkit.least_squares import (
-    ThresholdRule,
-    choose_given,
-    choose_groups,
-    choose_slabs,
-    inverse_factor,
-    sweep,
-)
 from prunebench.toolkit.masks import keep_by_norms, keep_slab
-from prunebench.toolkit.placement import Resident, place_model
 from prunebench.toolkit.scores import gradient_scores, wanda_scores
-from prunebench_pruners.sparsegpt import SparseGpt
 
 HALF = Unstructured(0.5)
-CUDA = torch.cuda.is_available()
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=[
-            pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing (extra dev-kernels)"),
-            pytest.mark.skipif(
-                os.environ.get("TRITON_INTERPRET") != "1",
-                reason="kernels are compiled in this process",
-            ),
-        ],
-    ),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="no CUDA device on this machine")]),
-]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=GPUS)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where kernels are used, and have passed no comparison yet but count as if they had."""
-    monkeypatch.setenv("PRUNEBENCH_KERNELS", "interpret" if request.param == "cpu" else "on")
-    found = torch.empty(0, device=request.param).device
-    monkeypatch.setattr(kernels, "_verdicts", {(str(found), name): kernels.IN_USE for name in kernels.NAMES})
-    return found
-
-
-def in_use(device: torch.device, *names: str) -> None:
-    """No kernel has stepped aside in the meantime."""
-    assert {name: kernels.report()[name] for name in names} == dict.fromkeys(names, kernels.IN_USE)
+    """Where GPU kernels are used, and have passed no comparison yet but count as if they had."""
+    return let_in(request.param, monkeypatch)
 
 
 def draws(rows: int, columns: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -147,72 +116,6 @@ def test_float64_is_for_torch(device: torch.device) -> None:
     scores = 1 + torch.arange(64, 0, -1, dtype=torch.float64, device=device).reshape(4, 16) * 1e-12
     for target in (HALF, NM(2, 4)):
         assert torch.equal(keep_mask(scores, target), by_torch(scores, target, "row"))
-
-
-# The sweep
-
-
-def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight, and the Gram matrix of correlated inputs, one of them dead."""
-    generator = torch.Generator().manual_seed(columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator)
-    inputs = inputs @ (torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator))
-    inputs[:, 3] = 0
-    return torch.randn(rows, columns, generator=generator), 2 / 5 * inputs.t() @ inputs
-
-
-def never(damping: float) -> None:
-    pytest.fail(f"tried again with a damping of {damping}")
-
-
-@pytest.mark.parametrize("rule", ["slabs", "2:4", "2:4 removed", "4:8", "given", "threshold"])
-@pytest.mark.parametrize(("columns", "slab"), [(48, 32), (56, 128)])
-def test_a_sweep_is_that_in_float64(rule: str, columns: int, slab: int, device: torch.device) -> None:
-    """Masks entry by entry, but for near ties; weights and loss within rounding. The last slab is narrower."""
-    weight, gram = problem(19, columns)
-    removed = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-    found = []
-    for dtype, at in ((torch.float32, device), (torch.float64, torch.device("cpu"))):
-        w, gone = weight.to(at, dtype), removed.to(at)
-        factor = inverse_factor(gram.to(at, dtype), 0.01, never)
-        choose: Any = {
-            "slabs": lambda w=w: choose_slabs(HALF, None),
-            "2:4": lambda: choose_groups(NM(2, 4), None),
-            "2:4 removed": lambda gone=gone: choose_groups(NM(2, 4), gone),
-            "4:8": lambda: choose_groups(NM(4, 8), None),
-            "given": lambda gone=gone: choose_given(~gone),
-            "threshold": lambda w=w: ThresholdRule(HALF, None, w),
-        }[rule]()
-        every = {"2": 4, "4": 8}.get(rule[0], 0)
-        swept = sweep(w, factor, choose, slab, every)
-        found.append((swept.weight.cpu().double(), swept.keep.cpu(), float(swept.loss)))
-    (w, keep, loss), (wanted, wanted_keep, wanted_loss) = found
-    assert int((keep != wanted_keep).sum()) == 0
-    torch.testing.assert_close(w, wanted, rtol=1e-3, atol=1e-4)
-    assert loss == pytest.approx(wanted_loss, rel=1e-4)
-    assert not bool(torch.signbit(w[~keep]).any())
-    in_use(device, "column_sweep")
-
-
-def test_weights_that_are_no_numbers_end_a_sweep(device: torch.device) -> None:
-    weight, gram = problem(8, 48)
-    weight[2, 40] = math.nan
-    factor = inverse_factor(gram.to(device), 0.01, never)
-    for choose, every in ((choose_slabs(HALF, None), 0), (choose_groups(NM(2, 4), None), 4)):
-        with pytest.raises(NonFiniteError, match="weights became NaN"):
-            sweep(weight.to(device), factor, choose, 16, every)
-
-
-def test_a_slab_too_wide_is_for_torch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunebench.toolkit.kernels import column_sweep
-
-    weight, gram = problem(5, 48)
-    factor = inverse_factor(gram.to(device), 0.01, never)
-    wanted = sweep(weight.to(device), factor, choose_slabs(HALF, None), 48)
-    monkeypatch.setattr(column_sweep, "WIDEST", 32)
-    found = sweep(weight.to(device), factor, choose_slabs(HALF, None), 48)
-    assert torch.equal(found.keep, wanted.keep)
-    torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-5)
 
 
 # Statistics
@@ -333,19 +236,3 @@ def test_without_triton_nothing_is_missed(monkeypatch: pytest.MonkeyPatch) -> No
     scores = torch.rand(2, 8)
     assert torch.equal(keep_mask(scores, NM(2, 4)), masks.keep_nm(scores, NM(2, 4)))
     assert kernels.report()["groups"].startswith("not used: ModuleNotFoundError")
-
-
-def test_a_method_by_kernels(device: torch.device) -> None:
-    """SparseGPT on a whole model, by kernels and without."""
-    found = []
-    for at in (device, None):
-        with pytest.MonkeyPatch.context() as patch:
-            if at is None:
-                patch.setenv("PRUNEBENCH_KERNELS", "off")
-            placement = Resident(str(device))
-            job = make_job(tiny(num_hidden_layers=1), tokens_of(), target=NM(2, 4), placement=placement)
-            place_model(job.model, [block.module for block in job.anatomy.blocks], placement)
-            SparseGpt(block_size=32).prune(job)
-            found.append({m.name: m.weight.clone() for m in job.anatomy.matrices})
-    for name, weight in found[0].items():
-        assert int(((weight == 0) != (found[1][name] == 0)).sum()) <= 2

@@ -67,7 +67,7 @@ def test_weight_gradients(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_the_processor_decides(maker: str, capability: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(products, "of_processor", lambda field: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     assert products._onednn_is_faster.__wrapped__() == (wanted and there)

@@ -24,10 +24,10 @@ def origin(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
     """By name, in words that a note may use; the batch size is 0 where the run leaves the choice."""
     registry = load_registry()
     plugins = [*pruners, *(registry.eval(parse_step(text)) for text in request.eval_texts)]
-    gpu = {"kernels": kernels.mode()} if request.device.startswith("cuda") else {}
-    return gpu | {
+    return {
         "run": request.spec.id,
         "machine": request.machine,
+        "kernels": kernels.mode(),
         "device": f"{torch.device(request.device).type}, {machine.device_name(request.device)}",
         "batch size": request.batch_size,
         "number of threads": request.threads or torch.get_num_threads(),
@@ -55,5 +55,5 @@ def _source_files(module: ModuleType | None) -> list[Path]:
     if folders is None:
         found = [Path(getattr(module, "__file__", None) or "")]
     else:
-        found = [file for folder in folders for file in sorted(Path(folder).rglob("*.py"))]
+        found = [file for folder in folders for file in sorted(Path(folder).rglob("*.py")) + sorted(Path(folder).rglob("*.c"))]
     return [file for file in found if file.is_file()]

@@ -6,12 +6,10 @@ memory, not read whole. What an evaluation takes from it is bit for bit what it 
 
 from __future__ import annotations
 
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from prunebench.bench.artefacts import KIND, limit_bytes, make_room, making
 from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.plan import RunRequest
 from prunebench.spec import Progress
-from prunebench.toolkit.cache import cache_folder, digest
+from prunebench.toolkit.cache import cache_folder, digest, write_file
 
 _STORED = {torch.bfloat16: torch.int16}
 """What NumPy does not know, as what its bits are stored."""
@@ -95,17 +93,7 @@ def _save(key: str, tensor: torch.Tensor, limit: int) -> None:
     if not make_room(array.nbytes, limit):
         return
     name = f"{key}.{str(tensor.dtype).removeprefix('torch.')}.{_checksum(array)}.npy"
-    aside = None
-    try:
-        folder = cache_folder() / KIND
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            aside = Path(file.name)
-            np.save(file, array, allow_pickle=False)
-        aside.replace(folder / name)
-    except OSError:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+    write_file(cache_folder() / KIND / name, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def _checksum(array: np.ndarray[Any, Any]) -> str:

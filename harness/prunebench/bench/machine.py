@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 import prunebench
-from prunebench.results.records import slug
+from prunebench.results.content import slug
+from prunebench.toolkit.processor import of_processor
 
 _PACKAGES = ("prunebench", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "pluggy")
 
@@ -121,11 +122,5 @@ def _git(folder: Path, *args: str) -> str:
     return found.stdout.strip()
 
 
-@cache
 def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
+    return of_processor("model name") or platform.processor() or platform.machine()

@@ -174,10 +174,11 @@ def _next_step(
     artefacts, checkpoint = Artefacts(work.request, pruner, first=not standing.steps), checkpoints.of_step(pruner, notes)
     job = work.job(pruner, progress, notes, artefacts, checkpoint)
     before = Before(anatomy, work.dense, standing.survivors_changed, work.looks)
+    kernels.begin_report()
     cost = take_step(pruner, job, notes)
     notes |= work.placement.remarks()
-    if job.device.type == "cuda":
-        notes["kernels"] = dict(kernels.report())
+    if used := kernels.report():
+        notes["kernels"] = dict(used)
     artefacts.settle(cost)
     if checkpoint is not None:
         checkpoint.settle(cost)

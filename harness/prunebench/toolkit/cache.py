@@ -58,7 +58,7 @@ def digest_file(path: Path) -> str:
         while chunk := file.read(1 << 22):
             state.update(chunk)
     found = state.hexdigest()[:16]
-    _write(note, lambda file: file.write(found.encode("ascii")))
+    write_file(note, lambda file: file.write(found.encode("ascii")))
     return found
 
 
@@ -75,7 +75,7 @@ def load_arrays(kind: str, key: str) -> Arrays | None:
 def save_arrays(kind: str, key: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Keep arrays under a key."""
     # Straight into the file, array by array: they may be as large as a model.
-    _write(cache_folder() / kind / f"{key}.npz", lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
+    write_file(cache_folder() / kind / f"{key}.npz", lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
 
 
 def load_json(kind: str, key: str) -> Any:
@@ -88,10 +88,16 @@ def load_json(kind: str, key: str) -> Any:
 
 def save_json(kind: str, key: str, data: Any) -> None:
     """Keep data under a key."""
-    _write(cache_folder() / kind / f"{key}.json", lambda file: file.write(json.dumps(data, allow_nan=False).encode()))
+    write_file(cache_folder() / kind / f"{key}.json", lambda file: file.write(json.dumps(data, allow_nan=False).encode()))
 
 
-def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """A file that is there whole or not at all; where nothing can be written there is none.
+
+    Args:
+        path: in the cache folder.
+        fill: writes what it holds.
+    """
     aside = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

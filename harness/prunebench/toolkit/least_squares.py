@@ -6,9 +6,11 @@ column j loses entries, the later columns of the same rows take up the error. Wi
 
 Speed. Everything is transposed, [inputs, outputs], so that a column of W is contiguous. Columns come in leaves of few: inside
 a leaf a column takes the errors of those before it by one matrix-vector product; leaves are joined by halves of a slab, slabs
-by the lazy update of all that follows, each one product of matrices. Only the order of sums depends on the leaves. On GPUs a
-kernel sweeps a slab of float32 in one launch (`kernels/column_sweep.py`), once more with sums in another order; the host waits
-for nothing within a matrix. Products stay in float32 there: none is in TF32 unless torch is told so from outside.
+by the lazy update of all that follows, each one product of matrices. Only the order of sums depends on the leaves.
+
+Kernels sweep a slab of float32 in one call, once more with sums in another order: on GPUs in one launch, the host waiting for
+nothing within a matrix (`kernels/column_sweep.py`; no product is in TF32 there unless torch is told so from outside), on hosts
+with a C compiler some rows at a time, the lazy update as well (`kernels/host_sweep.py`).
 """
 
 from __future__ import annotations
@@ -182,7 +184,7 @@ def sweep(
         leaf: columns swept one at a time where `every` is 0.
 
     Raises:
-        NonFiniteError: scores are NaN, told by `choose`; on GPUs weights that became NaN, found at the end.
+        NonFiniteError: scores are NaN, told by `choose`, or weights became NaN, found at the end.
     """
     with phase("update"):
         work = at_least_float32(weight).t().clone(memory_format=torch.contiguous_format)
@@ -194,11 +196,17 @@ def sweep(
             part = _Slab(work[start:end], keep[start:end], factor.upper[start:end, start:end], choose, start)
             errors = part.swept(every, leaf)
             loss += errors.square().sum() / 2
-            work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+            _correct(work[end:], factor.upper[start:end, end:], errors)
         work += 0.0  # -0.0 becomes 0.0
-        if kernels.use(work.device, "matrices") and bool(torch.isnan(loss)):  # errors hold every NaN that was swept
+        if bool(torch.isnan(loss)):  # errors hold every NaN that was swept
             raise NonFiniteError(f"{int(torch.isnan(work).sum())} of {work.numel()} weights became NaN in the sweep.")
         return Swept(work.t(), keep.t(), loss)
+
+
+def _correct(work: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor) -> None:
+    """`W -= U' E` for the columns behind a slab, with U [columns of the slab, later columns]."""
+    if kernels.run(work.device, "host_sweep", lambda k: k.correct(work, upper, errors)) is None:
+        work.addmm_(upper.t(), errors, alpha=-1)
 
 
 class _Slab:
@@ -236,10 +244,9 @@ class _Slab:
         if isinstance(choose, _Groups) and every:
             columns = slice(self._start, self._start + len(work))
             keeps, removed = choose.target.keep, None if choose.removed is None else choose.removed[:, columns]
+        name = "host_sweep" if work.device.type == "cpu" and kernels.mode() == "on" else "column_sweep"
         factor = (self._upper, self._inverse)
-        return kernels.run(
-            work.device, "column_sweep", lambda k: k.sweep_slab(work, self._keep, *factor, keeps, every, removed)
-        )
+        return kernels.run(work.device, name, lambda k: k.sweep_slab(work, self._keep, *factor, keeps, every, removed))
 
     def _decide(self, first: int, last: int) -> None:
         scores = (self._work[first:last] * self._inverse[first:last]).square_()

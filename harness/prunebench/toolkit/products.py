@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunebench.toolkit.precision import in_three, is_single, single_precision, suits_three
+from prunebench.toolkit.processor import of_processor
 
 WORTH_IT = 1 << 22
 """Multiplications in a product from which another kernel pays for being asked."""
@@ -165,18 +165,9 @@ def _onednn_is_faster() -> bool:
     """Whether the processor has AVX-512 that MKL does not use, and oneDNN is there and right."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _maker() in ("", "GenuineIntel"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or of_processor("vendor_id") in ("", "GenuineIntel"):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     inputs, weight = torch.linspace(-1, 1, 48).view(6, 8), torch.linspace(-1, 1, 40).view(5, 8)
     return torch.allclose(_onednn(inputs, weight, None), inputs @ weight.t(), rtol=1e-5, atol=1e-5)
-
-
-def _maker() -> str:
-    """Who made the processor, in its own words; empty where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")

@@ -1,7 +1,8 @@
-"""Fast paths for GPUs, in Triton. The PyTorch versions stay: they are the reference, and the way wherever a kernel is not used.
+"""Fast paths, for GPUs in Triton and for hosts in C. The PyTorch versions stay: they are the reference, and the way wherever a
+kernel is not used.
 
-`PRUNEBENCH_KERNELS` is `on` (the default: on CUDA devices), `off`, or `interpret` (on the CPU, in Triton's interpreter, slowly:
-for tests; `TRITON_INTERPRET=1` must be set before anything imports triton). Before a kernel is first used in a process it is
+`PRUNEBENCH_KERNELS` is `on` (the default), `off`, or `interpret` (GPU kernels on the CPU, in Triton's interpreter, slowly: for
+tests; `TRITON_INTERPRET=1` must be set before anything imports triton). Before a kernel is first used in a process it is
 compared with the PyTorch version on small inputs, on the device at hand. A kernel that raises there or later, or that differs,
 is not used any more, and `report` says why. Nothing here imports triton before it is asked for: builds of torch for the CPU
 come without it.
@@ -26,7 +27,10 @@ from prunebench.toolkit.phases import uncounted
 _T = TypeVar("_T")
 
 NAMES = ("groups", "rows", "matrices", "column_sweep", "column_squares", "gram")
-"""The kernels: modules of this package, each with a `check(device)` that raises where results are not as they should be."""
+"""Kernels of GPUs: modules of this package, each with a `check(device)` that raises where results are not as they should be."""
+
+ON_HOSTS = ("host_sweep",)
+"""Those of hosts."""
 
 IN_USE = "in use"
 LIMIT = 1 << 31
@@ -39,6 +43,9 @@ class Mismatch(Exception):
 
 _verdicts: dict[tuple[str, str], str] = {}
 """By device and kernel."""
+
+_asked: set[tuple[str, str]] = set()
+"""For which of them `use` was called since `begin_report`."""
 
 
 def mode() -> Literal["on", "off", "interpret"]:
@@ -55,9 +62,11 @@ def mode() -> Literal["on", "off", "interpret"]:
 
 def use(device: torch.device, name: str) -> bool:
     """Whether a kernel is to be used on a device; the first time it is compared with the PyTorch version."""
-    if device.type != {"on": "cuda", "off": "", "interpret": "cpu"}[mode()]:
+    where = {"on": "cpu", "off": "", "interpret": ""} if name in ON_HOSTS else {"on": "cuda", "off": "", "interpret": "cpu"}
+    if device.type != where[mode()]:
         return False
     key = (str(device), name)
+    _asked.add(key)
     if key not in _verdicts:
         _verdicts[key] = "being compared"  # what it is compared with asks here, too
         try:
@@ -85,15 +94,25 @@ def run(device: torch.device, name: str, work: Callable[[ModuleType], _T | None]
         return None
 
 
+def begin_report() -> None:
+    """Let `report` tell of what is asked for from now on."""
+    _asked.clear()
+
+
 def report() -> dict[str, str]:
-    """What has become of each kernel that was asked for in this process, `in use` or why not, and the version of triton where
-    it has compiled one. A device is named where there are several."""
+    """What has become of each kernel that was asked for, `in use` or why not, and what compiled those in use. A device is named
+    where there are several."""
     if mode() == "off":
         return {"all": "off, by PRUNEBENCH_KERNELS"}
-    several = len({device for device, _ in _verdicts}) > 1
-    found = {f"{name} on {device}" if several else name: verdict for (device, name), verdict in sorted(_verdicts.items())}
-    triton = sys.modules.get("triton")
-    return found | {"triton": str(triton.__version__)} if triton and IN_USE in found.values() else found
+    asked = {key: verdict for key, verdict in sorted(_verdicts.items()) if key in _asked}
+    several = len({device for device, _ in asked}) > 1
+    found = {f"{name} on {device}" if several else name: verdict for (device, name), verdict in asked.items()}
+    used = {name for (_, name), verdict in asked.items() if verdict == IN_USE}
+    if used & set(ON_HOSTS):
+        found["compiler"] = import_module(f"{__name__}.compiling").compiler()
+    if used & set(NAMES) and (triton := sys.modules.get("triton")):
+        found["triton"] = str(triton.__version__)
+    return found
 
 
 def fits(*tensors: torch.Tensor) -> bool:

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from prunebench.toolkit.kernels import Mismatch, fits, scoring
+from prunebench.toolkit.kernels import fits, scoring
+from prunebench.toolkit.kernels.comparing import compare_sweeps
 
 WIDEST = 256
 """Columns of a slab."""
@@ -104,40 +105,4 @@ def sweep_slab(
 
 def check(device: torch.device) -> None:
     """Compare with a sweep in float64, column by column."""
-    generator = torch.Generator().manual_seed(3)
-    for columns, outputs, keeps, of in ((40, 9, 0, 0), (128, 17, 2, 4), (24, 9, 4, 8)):
-        square = torch.eye(columns) + 0.2 * torch.randn(columns, columns, generator=generator).triu() / columns**0.5
-        weight = torch.randn(columns, outputs, generator=generator)
-        removed = torch.rand(outputs, columns, generator=generator) < 0.1 if of == 8 else None
-        keep = torch.rand(columns, outputs, generator=generator) < 0.5
-        wanted, wanted_keep, wanted_errors = _plainly(weight, keep, square, keeps, of, removed)
-        work, mask = weight.to(device).clone(), keep.to(device).clone()
-        inverse = square.diagonal().reciprocal()[:, None]
-        gone = None if removed is None else removed.to(device)
-        errors = sweep_slab(work, mask, square.to(device), inverse.to(device), keeps, of, gone)
-        if errors is None:
-            raise Mismatch("no sweep was made")
-        scoring.compare(f"a sweep of {columns} columns", mask.cpu(), wanted_keep)
-        for found, other in ((work, wanted), (errors, wanted_errors)):
-            if not torch.allclose(found.cpu().double(), other, rtol=1e-4, atol=1e-5):
-                raise Mismatch(f"weights or errors of {columns} columns are not those of a sweep in float64")
-
-
-def _plainly(
-    weight: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, keeps: int, of: int, removed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, mask and errors in float64, on the host."""
-    weight, keep, upper = weight.double(), keep.clone(), upper.double()
-    errors = torch.empty_like(weight)
-    for at in range(len(weight)):
-        if of and at % of == 0:
-            part = slice(at, at + of)
-            scores = (weight[part] / upper.diagonal()[part, None]).square()
-            scores = scores if removed is None else scores.masked_fill(removed[:, part].t(), -1)
-            places = scores.argsort(dim=0, stable=True).argsort(dim=0)
-            keep[part] = places >= of - keeps
-            if removed is not None:
-                keep[part] &= ~removed[:, part].t()
-        errors[at] = weight[at] / upper[at, at] * ~keep[at]
-        weight[at + 1 :] -= upper[at, at + 1 :, None] * errors[at]
-    return weight * keep, keep, errors
+    compare_sweeps(device, sweep_slab)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from prunebench.targets import NM
-from prunebench.toolkit.kernels import scoring
+from prunebench.toolkit.kernels import comparing, scoring
 from prunebench.toolkit.kernels.scoring import load_scores
 
 _TILE = 4096
@@ -75,11 +75,11 @@ def check(device: torch.device) -> None:
     from prunebench.toolkit.scores import gradient_scores, wanda_scores
 
     for target in (NM(2, 4), NM(4, 8)):
-        for scores in scoring.samples(device, 48):
-            scoring.compare(str(target), scoring.made(keep(scores, target)), keep_nm(scores, target))
+        for scores in comparing.samples(device, 48):
+            comparing.compare(str(target), comparing.made(keep(scores, target)), keep_nm(scores, target))
     target = NM(2, 4)
-    for weight, norms, gradients in scoring.weights(device, 48):
+    for weight, norms, gradients in comparing.weights(device, 48):
         wanted = keep_nm(wanda_scores(weight, norms), target)
-        scoring.compare("by norms", scoring.made(keep(weight, target, norms)), wanted)
+        comparing.compare("by norms", comparing.made(keep(weight, target, norms)), wanted)
         wanted = keep_nm(gradient_scores(weight, norms, gradients, 3.7), target)
-        scoring.compare("by gradients", scoring.made(keep(weight, target, norms, gradients, 3.7)), wanted)
+        comparing.compare("by gradients", comparing.made(keep(weight, target, norms, gradients, 3.7)), wanted)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from prunebench.targets import Unstructured
-from prunebench.toolkit.kernels import LIMIT, Mismatch, scoring
+from prunebench.toolkit.kernels import LIMIT, Mismatch, comparing, scoring
 from prunebench.toolkit.kernels.scoring import ordered
 
 _TILE = 4096
@@ -155,7 +155,7 @@ def check(device: torch.device) -> None:
     """Compare with the PyTorch version."""
     from prunebench.toolkit.masks import keep_together as by_torch
 
-    narrow, wide = list(scoring.samples(device, 48)), [scores[:2] for scores in scoring.samples(device, 4200)]
+    narrow, wide = list(comparing.samples(device, 48)), [scores[:2] for scores in comparing.samples(device, 4200)]
     for share, matrices in ((0.05, narrow[:1]), (0.5, narrow[2:]), (0.5, wide[1:2]), (0.95, narrow + wide)):
         target = Unstructured(share)
         _same(keep(matrices, target), by_torch(matrices, target))
@@ -165,4 +165,4 @@ def _same(found: tuple[list[torch.Tensor], torch.Tensor] | None, wanted: list[to
     if found is None:
         raise Mismatch("no mask was made")
     for mask, other in zip(found[0], wanted, strict=True):
-        scoring.compare("matrices", mask, other)
+        comparing.compare("matrices", mask, other)

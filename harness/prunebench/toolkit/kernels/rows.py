@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from prunebench.targets import Unstructured
-from prunebench.toolkit.kernels import scoring
+from prunebench.toolkit.kernels import comparing, scoring
 from prunebench.toolkit.kernels.scoring import load_scores, ordered
 
 WIDEST = 32768
@@ -90,11 +90,11 @@ def check(device: torch.device) -> None:
 
     for share, columns in ((0.05, 40), (0.95, 300)):
         target = Unstructured(share)
-        for scores in scoring.samples(device, columns):
-            scoring.compare(f"rows of {columns}", scoring.made(keep(scores, target)), by_torch(scores, target))
+        for scores in comparing.samples(device, columns):
+            comparing.compare(f"rows of {columns}", comparing.made(keep(scores, target)), by_torch(scores, target))
     target = Unstructured(0.5)
-    for weight, norms, gradients in scoring.weights(device, 300):
+    for weight, norms, gradients in comparing.weights(device, 300):
         wanted = by_torch(wanda_scores(weight, norms), target)
-        scoring.compare("by norms", scoring.made(keep(weight, target, norms)), wanted)
+        comparing.compare("by norms", comparing.made(keep(weight, target, norms)), wanted)
         wanted = by_torch(gradient_scores(weight, norms, gradients, 3.7), target)
-        scoring.compare("by gradients", scoring.made(keep(weight, target, norms, gradients, 3.7)), wanted)
+        comparing.compare("by gradients", comparing.made(keep(weight, target, norms, gradients, 3.7)), wanted)

@@ -1,13 +1,10 @@
-"""What kernels share: scores made from weights on the chip, floats as integers in the same order, and the small inputs on
-which kernels are compared with the PyTorch versions."""
-
-from collections.abc import Iterator
+"""What kernels share: scores made from weights on the chip, and floats as integers in the same order."""
 
 import torch
 import triton
 import triton.language as tl
 
-from prunebench.toolkit.kernels import Mismatch, fits
+from prunebench.toolkit.kernels import fits
 
 GIVEN, NORMS, GRADIENTS = 0, 1, 2
 """Kinds of scores: as they are in memory; `|W| norm`; `|W| (norm + alpha G)`. Products and sums in float32, each rounded."""
@@ -55,35 +52,3 @@ def power_of_two(number: int) -> int:
 def warps(entries: int, each: int = 16) -> int:
     """Warps for a tile of so many entries, about `each` of them a thread."""
     return max(1, min(32, power_of_two(entries // (32 * each))))
-
-
-def samples(device: torch.device, columns: int) -> Iterator[torch.Tensor]:
-    """Scores [rows, columns] that tell kernels apart: many ties, infinities, zeros of both signs, transposed storage."""
-    generator = torch.Generator().manual_seed(0)
-    special = torch.tensor([-torch.inf, torch.inf, -0.0, 0.0, 1.0, 1e-45, -1e-45, 3.4e38])
-    yield torch.rand(5, columns, generator=generator).to(device)
-    yield torch.randint(-2, 3, (3, columns), generator=generator).float().to(device)
-    yield special[torch.randint(0, 8, (columns, 4), generator=generator)].to(device).t()
-
-
-def weights(device: torch.device, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Weights [rows, columns] of several dtypes, norms and gradients for scores that are made on the chip."""
-    generator = torch.Generator().manual_seed(1)
-    for dtype in (torch.bfloat16, torch.float32):  # few: each is compiled anew
-        weight = torch.randn(6, columns, generator=generator).to(dtype)
-        norms, gradients = torch.rand(columns, generator=generator), torch.rand(columns, 6, generator=generator).t()
-        yield weight.to(device), norms.to(device), gradients.to(device)
-
-
-def compare(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Raise a Mismatch where masks are not the same."""
-    if not torch.equal(found, wanted):
-        differing = int((found != wanted).sum())
-        raise Mismatch(f"{name}: {differing} of {wanted.numel()} entries are not those of the PyTorch version")
-
-
-def made(found: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """The mask of a mask and a count of NaN."""
-    if found is None:
-        raise Mismatch("no mask was made")
-    return found[0]

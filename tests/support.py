@@ -74,8 +74,8 @@ from prunebench.targets import Target, Unstructured
 from prunebench.toolkit import Block, keep_mask, magnitude_scores, walk
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.dense import DenseWeights
-from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import Resident
+from prunebench.toolkit.quiet import quiet_transformers
 
 VOCABULARY = 48
 LENGTH = 7

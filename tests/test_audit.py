@@ -19,7 +19,7 @@ from prunebench.targets import NM, Dense, Target, Unstructured
 from prunebench.toolkit.anatomy import LinearMatrix, ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Before, audit
 from prunebench.toolkit.dense import DenseWeights
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.quiet import quiet_transformers
 
 HALF = Unstructured(0.5)
 UP, DOWN, QUERY = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"

@@ -26,10 +26,11 @@ from prunebench.bench.verifying import Request, verified
 from prunebench.errors import RequestError, StoreError, WriteError
 from prunebench.results import recomputed, unpacking
 from prunebench.results.bundle import MANIFEST, manifest_of, write_bundle
+from prunebench.results.content import checksum
 from prunebench.results.findings import Finding
 from prunebench.results.inspection import ABOUT, Examination
 from prunebench.results.mask_files import mask_metadata, mask_tensors, read_masks
-from prunebench.results.records import RunRecord, RunSpec, SampleRecord, checksum
+from prunebench.results.records import RunRecord, RunSpec, SampleRecord
 from prunebench.results.store import ResultStore
 from prunebench.results.tensor_files import Tensor, read_tensors, write_tensors
 from prunebench.results.verdicts import Verdicts, content_checksum, lowest

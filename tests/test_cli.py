@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunebench
 from prunebench import plugins
 from prunebench.cli.running import _limited
-from prunebench.results.records import RunRecord, checksum
+from prunebench.results.content import checksum
+from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 from prunebench.spec import Job, Needs, Pruner
 from prunebench.targets import parse_target

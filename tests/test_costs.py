@@ -28,7 +28,8 @@ from prunebench.results.records import RunRecord
 from prunebench.results.store import ResultStore
 from prunebench.shipped import suites_folder
 from prunebench.spec import Job, Needs, Pruner
-from prunebench.toolkit.loading import ModelShape, ModelSource, shape_of
+from prunebench.toolkit.loading import ModelSource, shape_of
+from prunebench.toolkit.model_shape import ModelShape
 
 ROOT = Path(__file__).parents[1]
 PLAIN = Rates(products=1e9, attention=1e8, moved=1e7, factored=1e6, launch=1e-4)

@@ -11,8 +11,9 @@ import yaml
 from support import CONDITIONS, make_record, make_spec
 
 from prunebench.errors import RequestError
+from prunebench.results.content import fingerprint
 from prunebench.results.dataset import TABLES, card, write_dataset
-from prunebench.results.records import EvalSpec, RunRecord, fingerprint
+from prunebench.results.records import EvalSpec, RunRecord
 
 C4 = CONDITIONS | {"data": "allenai/c4", "window": 256}
 

@@ -31,7 +31,8 @@ from prunebench.toolkit.arranging import footprint
 from prunebench.toolkit.audit import Finding, audit
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.experts import Experts, idle_weights, is_of_expert, names_in_files, take_apart, together
-from prunebench.toolkit.loading import ModelSource, load_model, quiet_transformers, shape_of
+from prunebench.toolkit.loading import ModelSource, load_model, shape_of
+from prunebench.toolkit.quiet import quiet_transformers
 from prunebench.toolkit.stats import Statistic
 from prunebench_pruners.gblm import Gblm
 from prunebench_pruners.lora import Lora

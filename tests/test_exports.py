@@ -25,7 +25,8 @@ from prunebench.results.exports import EXPORT_SCHEMA, ExportedBoard, exported, t
 from prunebench.results.latex import MOST_PARTS, latex, to_latex
 from prunebench.results.published import load_published
 from prunebench.results.records import Recipe, RunRecord, SampleRecord
-from prunebench.results.sheet import COLUMNS, defused, to_csv
+from prunebench.results.sheet import COLUMNS, to_csv
+from prunebench.results.sheet_text import defused
 from prunebench.results.store import Stored
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from prunebench.testing import FAMILIES, random_tokens, tiny_model
 from prunebench.testing.trial import contents, differing, ties
 from prunebench.toolkit.heads import untie_head
-from prunebench.toolkit.loading import load_model, quiet_transformers, resolve_model
+from prunebench.toolkit.loading import load_model, resolve_model
+from prunebench.toolkit.quiet import quiet_transformers
 
 TIED = [family for family in FAMILIES if ties(tiny_model(family))]
 

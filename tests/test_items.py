@@ -10,8 +10,9 @@ import pytest
 from support import make_record
 
 from prunebench.errors import StoreError
+from prunebench.results.content import checksum
 from prunebench.results.items import MOST_INSIDE
-from prunebench.results.records import RunRecord, RunSpec, ScoreRecord, checksum
+from prunebench.results.records import RunRecord, RunSpec, ScoreRecord
 from prunebench.results.store import ResultStore
 
 

@@ -20,9 +20,10 @@ from prunebench.plugins import load_registry
 from prunebench.results.beside import beside
 from prunebench.results.board import Board, build_board
 from prunebench.results.content import slug
-from prunebench.results.leaderboard import number, target_title, to_markdown
+from prunebench.results.leaderboard import number, to_markdown
 from prunebench.results.published import load_published
 from prunebench.results.records import SCHEMA, EvalSpec, Recipe, RunRecord
+from prunebench.results.rows import target_title
 from prunebench.results.store import ResultStore, Stored
 from prunebench.results.verdicts import Grade, Verdicts
 

@@ -21,8 +21,9 @@ from prunebench.bench.plan import Keeping, Rescoring, RunRequest
 from prunebench.bench.room import check_room, expected_bytes, without_masks
 from prunebench.errors import RequestError
 from prunebench.plugins import load_registry
+from prunebench.results.content import canonical_json
 from prunebench.results.mask_files import read_masks
-from prunebench.results.records import RunRecord, canonical_json
+from prunebench.results.records import RunRecord
 from prunebench.spec import Changes, Job, Needs, Pruner
 
 Make = Callable[..., RunRequest]

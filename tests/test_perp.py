@@ -29,7 +29,7 @@ from prunebench.testing.trial import contents, differing, ties
 from prunebench.toolkit import keep_mask, magnitude_scores
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.dense import DenseWeights
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.quiet import quiet_transformers
 from prunebench_pruners.perp import Perp
 
 LOW_RANK = ("mask_lora", "scale_lora", "lora_prune")

@@ -13,20 +13,8 @@ import pytest
 from pydantic import ValidationError
 from support import C4_TEXT, CONDITIONS, make_record, make_spec
 
-from prunebench.results.records import (
-    EvalSpec,
-    KeptMasks,
-    Recipe,
-    RunRecord,
-    RunSpec,
-    ScoreRecord,
-    StepSpec,
-    canonical_json,
-    checksum,
-    fingerprint,
-    slug,
-    upgraded,
-)
+from prunebench.results.content import canonical_json, checksum, fingerprint, slug
+from prunebench.results.records import EvalSpec, KeptMasks, Recipe, RunRecord, RunSpec, ScoreRecord, StepSpec, upgraded
 from prunebench.results.verdicts import content_checksum
 from prunebench.targets import parse_target
 

@@ -14,7 +14,7 @@ from prunebench.spec import JobFacts, MatrixFacts
 from prunebench.targets import Unstructured
 from prunebench.testing import FAMILIES, random_tokens, tiny_model
 from prunebench.toolkit.anatomy import LinearMatrix, find_anatomy
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.quiet import quiet_transformers
 from prunebench.toolkit.roles import ROLES, Role, rows_with, unknown_roles
 
 SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}

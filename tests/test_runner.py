@@ -27,7 +27,7 @@ from prunebench.results.records import SCHEMA, RunRecord
 from prunebench.spec import Changes, Eval, EvalFacts, EvalJob, Job, JobFacts, Needs, Pruner, Sample, Score, option
 from prunebench.targets import Unstructured
 from prunebench.toolkit import keep_mask, magnitude_scores, phase, walk
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.quiet import quiet_transformers
 
 Register = Callable[..., None]
 

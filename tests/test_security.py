@@ -31,10 +31,11 @@ from prunebench.errors import ModelError, PrunebenchError, RequestError, StoreEr
 from prunebench.plain import escape, markdown, plain
 from prunebench.results import store as store_module
 from prunebench.results.board import build_board
+from prunebench.results.content import checksum
 from prunebench.results.files import read_file, write_aside, write_text
 from prunebench.results.items import MOST_INSIDE
 from prunebench.results.leaderboard import to_markdown
-from prunebench.results.records import RunRecord, RunSpec, checksum
+from prunebench.results.records import RunRecord, RunSpec
 from prunebench.results.store import ResultStore
 from prunebench.show import draw_board, print_board, print_record
 from prunebench.toolkit.loading import ModelSource, identify, load_model

@@ -19,9 +19,9 @@ from support import Process, files_no_larger_than, heard, make_record, make_spec
 
 from prunebench.errors import StoreError, WriteError
 from prunebench.results import store as store_module
+from prunebench.results.content import checksum
 from prunebench.results.files import write_text
 from prunebench.results.journal import Journal
-from prunebench.results.records import checksum
 from prunebench.results.store import ResultStore
 
 EARLY, LATE = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"

@@ -12,9 +12,10 @@ from rich.table import Table
 from prunebench.errors import did_you_mean
 from prunebench.plain import escape
 from prunebench.results.advice import Advice, Elsewhere, Evidence, Tally, tally
+from prunebench.results.content import fingerprint
 from prunebench.results.dominance import Choice, Verdict
-from prunebench.results.leaderboard import describe, difference_text, reason, target_title, value_text
-from prunebench.results.records import fingerprint
+from prunebench.results.leaderboard import describe, difference_text, reason, value_text
+from prunebench.results.rows import target_title
 
 SAID: dict[Verdict, str] = {"open": "open: ", "beaten": "beaten by ", "ruled out": "ruled out: "}
 """What speaks against a row."""

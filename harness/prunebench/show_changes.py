@@ -11,7 +11,8 @@ from rich.table import Table
 
 from prunebench.plain import escape, size_text
 from prunebench.results.changes import Change, Changes, CostChange, Outcome, Side
-from prunebench.results.leaderboard import difference_text, target_title, value_text
+from prunebench.results.leaderboard import difference_text, value_text
+from prunebench.results.rows import target_title
 
 MOST_ROWS = 25
 """Of one outcome; the rest is counted, and in the JSON."""

@@ -17,8 +17,9 @@ from prunebench.bench.specs import AskedEval, eval_specs
 from prunebench.errors import PrunebenchError
 from prunebench.options import parse_step
 from prunebench.plugins import load_registry
+from prunebench.results.content import fingerprint
 from prunebench.results.files import is_within
-from prunebench.results.records import EvalSpec, RunRecord, TextSpec, fingerprint
+from prunebench.results.records import EvalSpec, RunRecord, TextSpec
 from prunebench.shipped import suites_folder
 from prunebench.spec import Eval, JsonDict
 from prunebench.toolkit.calibration import Tokens, calibration_tokens

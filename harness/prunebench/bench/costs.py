@@ -28,7 +28,8 @@ from prunebench.results.planning import Asked
 from prunebench.results.records import EvalSpec, RunSpec
 from prunebench.spec import Needs, Pruner
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
-from prunebench.toolkit.loading import DTYPES, ModelShape, ModelSource
+from prunebench.toolkit.loading import DTYPES, ModelSource
+from prunebench.toolkit.model_shape import ModelShape
 from prunebench.toolkit.placement import HOST_TOKENS, MOST_SEQUENCES
 from prunebench.toolkit.virtual import is_large
 

@@ -18,7 +18,8 @@ from prunebench.bench.rates import Rates, rates_of
 from prunebench.bench.specs import build_method
 from prunebench.plugins import Registry
 from prunebench.results.records import RunRecord
-from prunebench.toolkit.loading import ModelShape, ModelSource, shape_of
+from prunebench.toolkit.loading import ModelSource, shape_of
+from prunebench.toolkit.model_shape import ModelShape
 from prunebench.toolkit.spread import devices_of
 
 

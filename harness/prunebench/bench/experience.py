@@ -24,9 +24,11 @@ from prunebench.bench.costs import RatesFor, Work, effort_seconds, eval_effort, 
 from prunebench.errors import PrunebenchError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.content import fingerprint
+from prunebench.results.records import RunRecord
 from prunebench.toolkit.calibration import DEFAULT_LENGTH
-from prunebench.toolkit.loading import ModelShape, ModelSource, read_widths
+from prunebench.toolkit.loading import ModelSource
+from prunebench.toolkit.model_shape import ModelShape, read_widths
 
 Basis = Literal["the same", "its kind", "others", "rates", "guess"]
 """What seconds rest on: records of the same part, of the same pruner or evaluation, of others; rates alone; not even a count of

@@ -17,7 +17,8 @@ from prunebench.results.tensor_files import tensor_parts
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy
 from prunebench.toolkit.experts import together
-from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify, quiet_transformers
+from prunebench.toolkit.loading import TOKENIZER_FILES, ModelSource, identify
+from prunebench.toolkit.quiet import quiet_transformers
 
 RECORD_FILE = "prunebench.json"
 MASK_FILE = "mask.safetensors"

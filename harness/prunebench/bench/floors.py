@@ -36,7 +36,8 @@ from prunebench.bench.costs import Work
 from prunebench.bench.machine_rates import TF32
 from prunebench.effort import LOOKS_TO_SCORE, LOOKS_TO_UPDATE, TO_INPUTS, TO_WEIGHTS, Effort
 from prunebench.results.machines import MachineRates
-from prunebench.toolkit.loading import DTYPES, ModelShape
+from prunebench.toolkit.loading import DTYPES
+from prunebench.toolkit.model_shape import ModelShape
 
 CACHED = 128 << 20
 """Bytes that caches may hold from one use to the next: of a block's weights or Gram matrices, of all hidden states."""

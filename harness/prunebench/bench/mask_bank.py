@@ -19,8 +19,9 @@ import prunebench
 from prunebench.bench.machine import portable
 from prunebench.bench.plan import RunRequest
 from prunebench.errors import WriteError
+from prunebench.results.content import canonical_json, slug
 from prunebench.results.mask_files import mask_metadata, mask_tensors
-from prunebench.results.records import MASKS, KeptMasks, RunRecord, RunSpec, canonical_json, slug
+from prunebench.results.records import MASKS, KeptMasks, RunRecord, RunSpec
 from prunebench.results.tensor_files import Tensor, write_tensors
 from prunebench.spec import Changes
 from prunebench.toolkit.anatomy import ModelAnatomy

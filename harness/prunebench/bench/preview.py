@@ -12,8 +12,9 @@ from prunebench.bench.estimate import Estimate, Estimator
 from prunebench.bench.experience import Basis
 from prunebench.bench.plan import Planner
 from prunebench.results.comparison import LoadItems
+from prunebench.results.content import fingerprint
 from prunebench.results.planning import Figure, figure
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.records import RunRecord
 from prunebench.toolkit.hub import Download
 
 

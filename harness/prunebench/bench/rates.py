@@ -15,8 +15,9 @@ import torch
 
 from prunebench.bench.runner import threads
 from prunebench.toolkit.cache import digest, load_json, save_json
-from prunebench.toolkit.loading import DTYPES, ModelShape
+from prunebench.toolkit.loading import DTYPES
 from prunebench.toolkit.memory import let_go
+from prunebench.toolkit.model_shape import ModelShape
 from prunebench.toolkit.placement import HOST_TOKENS
 
 SECONDS = 0.2

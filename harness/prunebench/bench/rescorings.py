@@ -11,7 +11,8 @@ from prunebench.bench.specs import AskedEval, RunTokens, build_method, eval_spec
 from prunebench.errors import DataError, RequestError, StoreError
 from prunebench.options import parse_step
 from prunebench.plugins import Registry
-from prunebench.results.records import EvalSpec, RunRecord, RunSpec, fingerprint
+from prunebench.results.content import fingerprint
+from prunebench.results.records import EvalSpec, RunRecord, RunSpec
 from prunebench.results.store import ResultStore, Stored
 from prunebench.shipped import suites_folder
 from prunebench.targets import Dense, parse_target

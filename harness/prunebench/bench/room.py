@@ -14,7 +14,8 @@ from prunebench.results.mask_files import mask_bytes
 from prunebench.results.records import RunRecord
 from prunebench.spec import Changes
 from prunebench.targets import parse_target
-from prunebench.toolkit.loading import DTYPES, ModelShape
+from prunebench.toolkit.loading import DTYPES
+from prunebench.toolkit.model_shape import ModelShape
 
 SPARE_BYTES = 64 << 20
 """Beside what is expected to be kept, for records and raw answers."""

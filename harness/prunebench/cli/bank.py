@@ -46,7 +46,7 @@ def rescore(
     from prunebench.bench.plan import pick_device
     from prunebench.bench.rescorings import Rescorer, chosen
     from prunebench.plugins import load_registry
-    from prunebench.results.records import slug
+    from prunebench.results.content import slug
 
     if bool(ids) == everything or not evals:
         raise RequestError("rescore takes the ids of runs, or --all, and what to measure with --eval.")

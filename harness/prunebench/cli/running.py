@@ -231,7 +231,7 @@ def _planner(
     from prunebench.bench.plan import Planner, pick_device
     from prunebench.bench.suite import load_suite, with_dense
     from prunebench.plugins import load_registry
-    from prunebench.results.records import slug
+    from prunebench.results.content import slug
 
     chosen = narrowed(load_suite(suite), models or [], methods or [])
     name = slug(machine) if machine else machine_slug()

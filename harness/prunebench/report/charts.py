@@ -27,7 +27,8 @@ from prunebench.report.specifications import (
     shown,
     tick_text,
 )
-from prunebench.results.leaderboard import number, target_title
+from prunebench.results.leaderboard import number
+from prunebench.results.rows import target_title
 
 Keys = Callable[[Sequence[str]], list[str]]
 """Ids of runs to the keys of their records on the page."""

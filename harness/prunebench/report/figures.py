@@ -19,9 +19,10 @@ from prunebench.report.palette import PHASES
 from prunebench.results.beside import Beside, matched
 from prunebench.results.board import Board, Section, Table
 from prunebench.results.comparison import LoadItems
+from prunebench.results.content import fingerprint
 from prunebench.results.leaderboard import table_title
 from prunebench.results.mask_files import MaskFile
-from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
+from prunebench.results.records import RunRecord, ScoreRecord
 from prunebench.results.rows import DENSE, Row
 
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from prunebench.errors import RequestError, StoreError
 from prunebench.report.naming import short_labels
 from prunebench.results.comparison import LoadItems
-from prunebench.results.leaderboard import target_title
+from prunebench.results.content import fingerprint
 from prunebench.results.mask_files import MaskFile
 from prunebench.results.overlap import overlap, overlap_in_total
-from prunebench.results.records import Recipe, RunRecord, fingerprint
-from prunebench.results.rows import DENSE, seed_order
+from prunebench.results.records import Recipe, RunRecord
+from prunebench.results.rows import DENSE, seed_order, target_title
 from prunebench.targets import parse_target
 
 SPARSITY, ERROR, OVERLAP = "sparsity %", "output error", "overlap of removed weights"

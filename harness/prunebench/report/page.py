@@ -42,9 +42,9 @@ from prunebench.report.wording import (
 )
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
-from prunebench.results.leaderboard import cells, columns, section_notes, table_limits, table_title, target_title
+from prunebench.results.leaderboard import cells, columns, section_notes, table_limits, table_title
 from prunebench.results.records import RunRecord
-from prunebench.results.rows import DENSE, Row
+from prunebench.results.rows import DENSE, Row, target_title
 
 MOST_HEATS = 1_000_000
 """Characters for all heat maps: pairs of methods grow with the square of how many there are."""

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunebench.plain import plain, size_text
-from prunebench.results.leaderboard import describe, reason, target_title, value_text
-from prunebench.results.records import RunRecord, ScoreRecord, StepRecord, canonical_json, fingerprint, slug
+from prunebench.results.content import canonical_json, fingerprint, slug
+from prunebench.results.leaderboard import describe, reason, value_text
+from prunebench.results.records import RunRecord, ScoreRecord, StepRecord
+from prunebench.results.rows import target_title
 
 MOST_CHARACTERS = 400
 """Of one fact; `prunebench show` has all of it."""

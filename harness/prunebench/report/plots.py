@@ -22,8 +22,8 @@ from prunebench.report.figures import Curves, Figures, Tradeoff
 from prunebench.report.grids import draw_heats, draw_overlap, draw_phases
 from prunebench.report.matrices import OVERLAP, SPARSITY, Heat
 from prunebench.report.palette import Palette
+from prunebench.results.content import slug
 from prunebench.results.files import write_aside
-from prunebench.results.records import slug
 
 DOTS = 200
 """Of a PNG, an inch."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from prunebench.plain import plain
 from prunebench.results.board import Board, Section
+from prunebench.results.content import fingerprint
 from prunebench.results.leaderboard import section_notes, value_text, versus_text
-from prunebench.results.records import fingerprint
 from prunebench.results.rows import Row
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")

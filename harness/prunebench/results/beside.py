@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prunebench.results.content import fingerprint
 from prunebench.results.planning import Asked
 from prunebench.results.published import Metric, PublishedScore
-from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
+from prunebench.results.records import RunRecord, ScoreRecord
 
 Status = Literal["reproduced", "off", "not run", "not comparable", "copy"]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prunebench.results.comparison import LoadItems, Measured
+from prunebench.results.content import fingerprint
 from prunebench.results.costs_board import CostSection, cost_sections, is_quality_of_shape
 from prunebench.results.published_costs import PublishedCost
-from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec, fingerprint
+from prunebench.results.records import Recipe, RunRecord, SampleRecord, TextSpec
 from prunebench.results.rows import DENSE, Row, RowBuilder, command_of, value_of
 from prunebench.results.store import Stored
 from prunebench.results.verdicts import Grade, lowest

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from prunebench.errors import StoreError
 from prunebench.results.accuracy import Flips, accuracy_interval, macro_accuracy_interval, mcnemar
+from prunebench.results.content import fingerprint
 from prunebench.results.items import Columns
-from prunebench.results.records import RunRecord, SampleRecord, ScoreRecord, eval_revision, fingerprint
+from prunebench.results.records import RunRecord, SampleRecord, ScoreRecord, eval_revision
 from prunebench.results.resampling import Floats, Items, equal_weights, macro_weights
 from prunebench.results.statistics import Difference, new_items, new_seeds_too, smallest_detectable
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from prunebench.results.content import slug
 from prunebench.results.costs_board import is_quality_of_shape
 from prunebench.results.findings import Entry, Finding, is_pruned
 from prunebench.results.items import Columns
-from prunebench.results.records import EvalSpec, RunRecord, SampleRecord, ScoreRecord, StepRecord, slug
+from prunebench.results.records import EvalSpec, RunRecord, SampleRecord, ScoreRecord, StepRecord
 
 COMMON = ("eval", "weights", "tokenizer", "dtype", "attention", "prunable")
 """Conditions of every evaluation."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from prunebench.results.comparison import Answers, Comparison, LoadItems, Measured, compare
+from prunebench.results.content import fingerprint
 from prunebench.results.ranks import holm
-from prunebench.results.records import RunRecord, ScoreRecord, fingerprint
+from prunebench.results.records import RunRecord, ScoreRecord
 from prunebench.results.rows import by_seed, seed_order
 
 

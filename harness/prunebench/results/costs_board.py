@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from prunebench.results.content import fingerprint
 from prunebench.results.published_costs import PublishedCost
-from prunebench.results.records import Recipe, RunRecord, ScoreRecord, fingerprint
+from prunebench.results.records import Recipe, RunRecord, ScoreRecord
 from prunebench.results.rows import DENSE, command_of, seed_order
 
 SHOWN = ("statistics", "scoring", "update", "propagation", "training")

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from prunebench.results.content import canonical_json, fingerprint
 from prunebench.results.costs_board import CostRow, CostSection
-from prunebench.results.records import canonical_json, fingerprint
 from prunebench.results.sheet_text import defused
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from prunebench.plain import markdown
+from prunebench.results.content import fingerprint
 from prunebench.results.costs_board import REST, SHOWN, CostRow, CostSection, CostTable
-from prunebench.results.records import fingerprint
 from prunebench.results.rows import target_title
 
 TITLE = "Costs of shapes"

@@ -19,9 +19,10 @@ import pyarrow.parquet
 from prunebench.errors import RequestError, StoreError
 from prunebench.plain import markdown
 from prunebench.results.board import is_outdated
+from prunebench.results.content import canonical_json, fingerprint
 from prunebench.results.files import write_aside
 from prunebench.results.leaderboard import reason
-from prunebench.results.records import RunRecord, ScoreRecord, canonical_json, eval_revision, fingerprint
+from prunebench.results.records import RunRecord, ScoreRecord, eval_revision
 from prunebench.results.verdicts import Grade
 
 CARD = "README.md"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunebench.results.comparison import Measured
-from prunebench.results.records import RunRecord, eval_revision, fingerprint
+from prunebench.results.content import fingerprint
+from prunebench.results.records import RunRecord, eval_revision
 
 ELSEWHERE = ("origin", "complete")
 """Where a text came from; equal content is what counts."""

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from prunebench.results.beside import Beside
 from prunebench.results.board import Board, Section, Table
+from prunebench.results.content import fingerprint
 from prunebench.results.costs_export import ExportedCosts, exported_costs
 from prunebench.results.leaderboard import reason, table_limits
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.records import RunRecord
 from prunebench.results.rows import Row
 from prunebench.results.verdicts import Grade
 

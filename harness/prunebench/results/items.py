@@ -11,8 +11,9 @@ import pandas as pd
 import pyarrow.parquet
 
 from prunebench.errors import StoreError, described
+from prunebench.results.content import slug
 from prunebench.results.files import read_file
-from prunebench.results.records import RunRecord, ScoreRecord, slug
+from prunebench.results.records import RunRecord, ScoreRecord
 
 MOST_INSIDE = 512
 """Items that a record keeps itself, where they can be read."""

@@ -23,8 +23,8 @@ import filelock
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from prunebench.errors import StoreError
+from prunebench.results.content import slug
 from prunebench.results.files import is_within, read_file, write_aside
-from prunebench.results.records import slug
 
 TELL_SECONDS = 1.0
 """A page is written anew at most so often, and at once when what is done changes."""

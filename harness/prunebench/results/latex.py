@@ -16,9 +16,9 @@ from itertools import groupby
 
 from prunebench.plain import plain
 from prunebench.results.board import Board, Section, Table
-from prunebench.results.leaderboard import number, table_limits, target_title, value_text, versus_text, what_was_asked
-from prunebench.results.records import fingerprint
-from prunebench.results.rows import Row
+from prunebench.results.content import fingerprint
+from prunebench.results.leaderboard import number, table_limits, value_text, versus_text, what_was_asked
+from prunebench.results.rows import Row, target_title
 
 MOST_TARGETS = 6
 """That stand side by side; more are another table."""

@@ -13,11 +13,11 @@ from prunebench.plain import markdown
 from prunebench.results import costs_text
 from prunebench.results.beside import HEADINGS, Beside, counts, matched
 from prunebench.results.board import Board, Section, Table
+from prunebench.results.content import fingerprint
 from prunebench.results.page_text import INTRODUCTION, PUBLISHED, READING
 from prunebench.results.planning import Asked
-from prunebench.results.records import RunRecord, fingerprint
-from prunebench.results.rows import DENSE, Row
-from prunebench.results.rows import target_title as target_title
+from prunebench.results.records import RunRecord
+from prunebench.results.rows import DENSE, Row, target_title
 from prunebench.results.statistics import Difference
 
 NO_KERNEL = "no kernel"

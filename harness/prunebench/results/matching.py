@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from prunebench.results.changes import Label
 from prunebench.results.comparison import LoadItems, Measured
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.content import fingerprint
+from prunebench.results.records import RunRecord
 
 Key = tuple[str, ...]
 Seed = int | None

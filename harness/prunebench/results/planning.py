@@ -18,8 +18,9 @@ import numpy as np
 
 from prunebench.errors import StoreError
 from prunebench.results.comparison import Answers, LoadItems, Measured, compare
+from prunebench.results.content import fingerprint
 from prunebench.results.contest import row_key
-from prunebench.results.records import RunRecord, fingerprint
+from prunebench.results.records import RunRecord
 from prunebench.results.resampling import Items, equal_weights, macro_weights
 from prunebench.results.rows import DENSE, by_seed
 from prunebench.results.statistics import planned_difference

@@ -15,9 +15,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 from prunebench.results.comparison import Measured
+from prunebench.results.content import canonical_json, fingerprint
 from prunebench.results.findings import Entry, Finding, Level, is_pruned, is_trained
 from prunebench.results.planning import Asked
-from prunebench.results.records import RunRecord, ScoreRecord, canonical_json, fingerprint
+from prunebench.results.records import RunRecord, ScoreRecord
 from prunebench.results.verdicts import content_checksum
 
 DENSE_AGREES = 0.005

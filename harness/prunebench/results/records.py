@@ -13,11 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from prunebench.results.content import by_content
-from prunebench.results.content import canonical_json as canonical_json
-from prunebench.results.content import checksum as checksum
-from prunebench.results.content import fingerprint as fingerprint
-from prunebench.results.content import slug as slug
+from prunebench.results.content import by_content, canonical_json, checksum, slug
 
 SCHEMA = 5
 """The format of records. A newer record is skipped with a warning; an older one is upgraded on reading."""

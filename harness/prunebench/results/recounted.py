@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from prunebench.errors import StoreError
 from prunebench.plain import plain
+from prunebench.results.content import canonical_json
 from prunebench.results.findings import Entry, Finding
 from prunebench.results.mask_files import MaskFile
-from prunebench.results.records import AuditRecord, MatrixAudit, RunRecord, canonical_json
+from prunebench.results.records import AuditRecord, MatrixAudit, RunRecord
 from prunebench.results.tensor_files import BYTES, Found, read_tensors
 from prunebench.targets import NM, Target, parse_target
 

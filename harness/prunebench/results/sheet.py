@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from prunebench.results.board import Board
+from prunebench.results.content import canonical_json
 from prunebench.results.exports import ExportedRow, ExportedSection, ExportedTable, exported
-from prunebench.results.records import canonical_json
-from prunebench.results.sheet_text import defused as defused
+from prunebench.results.sheet_text import defused
 
 COLUMNS: Mapping[str, str] = {
     "machine": "hardware the run was on",

@@ -23,10 +23,11 @@ from pydantic import ValidationError
 
 from prunebench.errors import PrunebenchError, StoreError, WriteError
 from prunebench.plain import plain
+from prunebench.results.content import checksum, slug
 from prunebench.results.files import is_within, read_file, sync_folder, write_aside
 from prunebench.results.items import Columns, apart, read_items
 from prunebench.results.mask_files import MaskFile, read_masks
-from prunebench.results.records import MASKS, SCHEMA, Failure, RunRecord, ScoreRecord, checksum, slug, upgraded
+from prunebench.results.records import MASKS, SCHEMA, Failure, RunRecord, ScoreRecord, upgraded
 from prunebench.targets import parse_target
 
 MAX_RECORD_BYTES = 32 << 20

@@ -14,8 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunebench.errors import WriteError
+from prunebench.results.content import canonical_json
 from prunebench.results.files import read_file, write_aside
-from prunebench.results.records import RunRecord, canonical_json
+from prunebench.results.records import RunRecord
 from prunebench.results.store import VERDICTS
 
 Grade = Literal["reported", "checked", "replayed"]

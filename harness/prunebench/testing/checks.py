@@ -44,7 +44,7 @@ from prunebench.toolkit.adapter_files import load_adapters, save_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.audit import Before, audit
 from prunebench.toolkit.experts import take_apart, together
-from prunebench.toolkit.loading import quiet_transformers
+from prunebench.toolkit.quiet import quiet_transformers
 
 TARGETS: tuple[Target, ...] = (Unstructured(0.5), Unstructured(0.6), NM(2, 4), NM(4, 8), NM(1, 4))
 """The usual ones, and 1:4, which tells survivors from zeros (`methods.md` 1.4: some code counts the zeros of a group)."""

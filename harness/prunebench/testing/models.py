@@ -21,8 +21,8 @@ from prunebench.targets import Target, Unstructured
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.dense import DenseWeights
 from prunebench.toolkit.experts import take_apart
-from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import Resident
+from prunebench.toolkit.quiet import quiet_transformers
 
 SAMPLES = 7
 LENGTH = 8

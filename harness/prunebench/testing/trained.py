@@ -22,7 +22,8 @@ from prunebench.spec import Changes
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.testing.trial import CheckFailed, Declined, Factory, Task, Trial, failing, label, linears, tasks
 from prunebench.toolkit.anatomy import ModelAnatomy
-from prunebench.toolkit.loading import ModelSource, load_model, quiet_transformers
+from prunebench.toolkit.loading import ModelSource, load_model
+from prunebench.toolkit.quiet import quiet_transformers
 
 QUICKSTART = "quickstart"
 """The trained model, where a law names a family."""

@@ -10,9 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,11 @@ from prunebench.errors import ModelError, Refused, first_line
 from prunebench.toolkit.adapter_files import adapter_files, load_adapters
 from prunebench.toolkit.anatomy import find_anatomy
 from prunebench.toolkit.cache import digest, digest_file
-from prunebench.toolkit.calibration import Vocabulary, context_of
-from prunebench.toolkit.experts import idle_weights, take_apart
+from prunebench.toolkit.calibration import Vocabulary
+from prunebench.toolkit.experts import take_apart
 from prunebench.toolkit.hub import model_patterns, pinned, refusal
-from prunebench.toolkit.quiet import quiet_transformers as quiet_transformers
+from prunebench.toolkit.model_shape import ModelShape, counted
+from prunebench.toolkit.quiet import quiet_transformers
 from prunebench.toolkit.shapes import NO_TOKENIZER, SHAPE, config_of, content_of, filled, shape_named
 from prunebench.toolkit.trust import check_whole, trusts_code, weight_files
 
@@ -182,39 +181,6 @@ def _tokenizer_hash(folder: Path) -> str:
     return digest(digest_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file())
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """How large a model is, known from its settings alone."""
-
-    parameters: int
-    multiplied: int
-    """Parameters that a token is multiplied with: all but the input embedding, which counts where it is the head too."""
-    layers: int
-    hidden: int
-    vocabulary: int
-    context: int
-    """The longest sequence."""
-    heads: int = 1
-    attention: int = 0
-    """Width of all heads' queries together."""
-    matrices: tuple[tuple[int, int], ...] = ()
-    """(outputs, inputs) of every prunable matrix; none where blocks are not found, which a run will say."""
-    inputs: tuple[int, ...] = ()
-    """Widths of what these matrices read; siblings, of one parent and not its last, read the same."""
-    active: int = 0
-    """Weights of the blocks that a token meets: of experts those that it is sent to; 0 where nobody has counted."""
-
-    @property
-    def prunable(self) -> int:
-        """Weights in prunable matrices."""
-        return sum(outputs * inputs for outputs, inputs in self.matrices)
-
-    @property
-    def in_blocks(self) -> int:
-        """Weights of all blocks: what a token is multiplied with, but for the head."""
-        return max(self.multiplied - self.vocabulary * self.hidden, self.prunable)
-
-
 def shape_of(source: ModelSource) -> ModelShape:
     """Build a model without weights and count; `config.json` is all that needs to be there.
 
@@ -223,44 +189,7 @@ def shape_of(source: ModelSource) -> ModelShape:
     """
     with _readable(source):
         config, shell = _shell(source)
-    settings = config.get_text_config()
-    parameters = sum(parameter.numel() for parameter in shell.parameters())
-    embedding = shell.get_input_embeddings().weight
-    head = shell.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
-    matrices = _matrices(shell)
-    heads, width = int(getattr(settings, "num_attention_heads", None) or 1), int(settings.hidden_size)
-    multiplied = parameters - (0 if tied else embedding.numel())
-    shape = ModelShape(
-        parameters=parameters,
-        multiplied=multiplied,
-        layers=int(settings.num_hidden_layers),
-        hidden=width,
-        vocabulary=int(settings.vocab_size),
-        context=context_of(config),
-        heads=heads,
-        attention=heads * int(getattr(settings, "head_dim", None) or width // heads),
-        matrices=tuple(shape for _, shape in matrices),
-        inputs=tuple(width for _, siblings in groupby(matrices, key=itemgetter(0)) for width in _read(siblings)),
-    )
-    return replace(shape, active=shape.in_blocks - idle_weights(shell, getattr(settings, "num_experts_per_tok", None)))
-
-
-def _matrices(shell: Any) -> list[tuple[str, tuple[int, int]]]:
-    """Of every prunable matrix its parent's name and its shape; none where a run would be refused."""
-    try:
-        return [(matrix.name.rpartition(".")[0], matrix.shape) for matrix in find_anatomy(shell).matrices]
-    except (ModelError, Refused):
-        return []
-
-
-def _read(siblings: Iterable[tuple[str, tuple[int, int]]]) -> list[int]:
-    return read_widths([inputs for _, (_, inputs) in siblings])
-
-
-def read_widths(siblings: list[int]) -> list[int]:
-    """Widths of what the matrices of one parent read, by those of each: the first the same, the last what they made of it."""
-    return [siblings[0], siblings[-1]] if len(siblings) > 1 else siblings
+    return counted(config, shell)
 
 
 def _shell(source: ModelSource) -> tuple[PretrainedConfig, Any]:

@@ -16,8 +16,8 @@ from prunebench.bench.evals.windows import MAX_LOGITS
 from prunebench.errors import DataError, NonFiniteError
 from prunebench.spec import EvalFacts, EvalJob
 from prunebench.toolkit.calibration import DEFAULT_LENGTH, Vocabulary, context_of
-from prunebench.toolkit.loading import quiet_transformers
 from prunebench.toolkit.placement import paying_batch
+from prunebench.toolkit.quiet import quiet_transformers
 
 _PADDING = 0
 """Any token will do where the mask hides it, so a model needs no pad token."""

@@ -24,7 +24,7 @@ from prunebench.results.store import ResultStore
 from prunebench.spec import JobFacts, Pruner
 from prunebench.targets import NM, Unstructured
 from prunebench.testing import make_job, random_tokens, tiny_model
-from prunebench.toolkit import Gram, InputNorm, Retraining, keep_mask, walk, wanda_scores
+from prunebench.toolkit import Gram, InputNorm, Retraining, keep_mask, sample_gradients, walk, wanda_scores
 from prunebench.toolkit.adapter_files import save_adapters
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.arranging import footprint
@@ -39,6 +39,7 @@ from prunebench_pruners.lora import Lora
 from prunebench_pruners.magnitude import Magnitude
 from prunebench_pruners.sparsegpt import SparseGpt
 from prunebench_pruners.wanda import Wanda
+from prunebench_pruners.wanda_plus_plus import WandaPlusPlus
 
 HALF = Unstructured(0.5)
 SMALL = {
@@ -331,6 +332,38 @@ def inputs_of(
 
     second = inner(own)
     return [first, second if len(own) >= second.shape[1] or not least else inner(hidden)]
+
+
+class Seeing:
+    """Remembers which samples it was shown."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+
+    def __call__(self, first: int, outputs: torch.Tensor) -> None:
+        self.samples += range(first, first + len(outputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_statistics_of_the_same_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both as they are from a pass of their own, with what was seen; experts that read too few tokens get their second one."""
+    monkeypatch.setattr(sample_gradients, "together", lambda device, batch_size, length: batch_size)
+    notes: dict[str, Any] = {}
+    model = tiny_model(family, dtype=torch.float64)
+    job = make_job(WandaPlusPlus(), model, tokens=random_tokens(model, 5, 8), batch_size=2, notes=notes)
+    for block in walk(job):
+        replica, seen = block.replica(), Seeing()
+        gradients, norms = replica.gradients_and(InputNorm, torch.linalg.vector_norm, see=seen)
+        starved = dict(notes)
+        notes.clear()
+        for matrix, wanted in replica.gradients(torch.linalg.vector_norm).items():
+            assert torch.equal(gradients[matrix], wanted)
+        for matrix, wanted in replica.collect(InputNorm).items():
+            torch.testing.assert_close(norms[matrix], wanted, **EXACT)
+            assert not norms[matrix].requires_grad
+        assert seen.samples == [0, 1, 2, 3, 4]
+        assert starved == notes
+        assert bool(starved) == (family == "mixtral")
 
 
 @pytest.mark.parametrize("samples", [2, 16])

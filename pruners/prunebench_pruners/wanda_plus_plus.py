@@ -87,10 +87,11 @@ class WandaPlusPlus(Pruner):
         if not (self.trains and facts.prunes):
             return found + pruning_effort()
         steps = self.rounds * min(self.ro_samples, facts.samples)
-        drawn, held_out = steps * facts.length, facts.tokens if facts.samples > self.ro_samples else 0
-        scored = Effort(phase="statistics", blocks=drawn + held_out, length=facts.length, dtype="float32")
+        held_out = facts.samples > self.ro_samples
+        scored_tokens = steps * facts.length + (facts.tokens if held_out and not self.rgs else 0)
+        scored = Effort(phase="statistics", blocks=scored_tokens, length=facts.length, dtype="float32")
         trained = student_effort(facts, steps, min(self.ro_samples, facts.samples))
-        return [*found, scored, *pruning_effort(self.rounds + 1 + bool(held_out)), trained]
+        return [*found, scored, *pruning_effort(self.rounds + 1 + held_out), trained]
 
     def prune(self, job: Job) -> None:
         """One backward pass through each block for the score; then its masks at once, or after the rounds of RO."""
@@ -114,12 +115,15 @@ class WandaPlusPlus(Pruner):
         draws = [torch.randperm(samples, generator=generator)[: self.ro_samples].tolist() for _ in range(self.rounds)]
         held_out = sorted(set(range(samples)).difference(*draws))[:HELD_OUT]
         lesson = Lesson(job, replica, held_out + [sample for drawn in draws for sample in drawn])
-        gradients = replica.gradients(torch.linalg.vector_norm, see=lesson.see) if self.rgs else None
-        if not gradients:
+        gradients = None
+        if self.rgs:
+            gradients, norms = replica.gradients_and(InputNorm, torch.linalg.vector_norm, see=lesson.see)
+        else:
             lesson.work_out()
+            norms = replica.collect(InputNorm) if held_out else {}
         student = Student(job, block, replica, lesson, self.learning_rate, latent=self.restart == "dense")
         if held_out:
-            alone = self._masks(job, student.weight, replica.collect(InputNorm), gradients, samples)
+            alone = self._masks(job, student.weight, norms, gradients, samples)
             before = student.error(held_out, {m: m.weight * mask for m, mask in alone.items()})
             del alone
         for drawn in draws:

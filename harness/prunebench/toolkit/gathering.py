@@ -48,6 +48,7 @@ def gather(
     batches: Callable[[], Iterable[torch.Tensor]],
     forward: Callable[[torch.Tensor], torch.Tensor],
     starved: Starved,
+    work: Callable[[torch.Tensor], object] | None = None,
 ) -> Any:
     """Statistics of what each matrix's module reads while `forward` runs over the batches, as `Block.collect` returns them.
 
@@ -58,10 +59,11 @@ def gather(
         batches: the inputs [sequences, length, hidden], from the start each time it is called.
         forward: of the block.
         starved: is told which experts were.
+        work: runs the block on a batch for something else, too; then nothing but this is done, except for starved experts.
     """
     with phase("statistics"):
         experts = experts_in(root)
-        shared, tokens = _pass(modules, kinds, batches(), forward, experts)
+        shared, tokens = _pass(modules, kinds, batches(), work or forward, experts, to_the_end=work is not None)
         hungry = {
             matrix: module
             for matrix, module in modules.items()
@@ -86,12 +88,13 @@ def _pass(
     modules: Mapping[Matrix, nn.Module],
     kinds: Sequence[type[Statistic]],
     batches: Iterable[torch.Tensor],
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    forward: Callable[[torch.Tensor], object],
     experts: Mapping[nn.Module, tuple[Experts, int]],
+    to_the_end: bool = False,
 ) -> tuple[SharedStatistics, int]:
     """The statistics of one pass, and how many tokens were in it."""
     shared, tokens = SharedStatistics(tuple(kinds), len(modules)), 0
-    with _hooked(modules, shared, experts) as batch, torch.no_grad():
+    with _hooked(modules, shared, experts, to_the_end) as batch, torch.no_grad():
         for hidden in batches:
             batch[:] = hidden.shape[:2]
             with suppress(_AllRead):
@@ -107,7 +110,10 @@ class _AllRead(Exception):
 
 @contextmanager
 def _hooked(
-    modules: Mapping[Matrix, nn.Module], shared: SharedStatistics, experts: Mapping[nn.Module, tuple[Experts, int]]
+    modules: Mapping[Matrix, nn.Module],
+    shared: SharedStatistics,
+    experts: Mapping[nn.Module, tuple[Experts, int]],
+    to_the_end: bool,
 ) -> Iterator[list[int]]:
     """Show what each matrix's module reads to the statistics while the block runs.
 
@@ -120,7 +126,7 @@ def _hooked(
             chosen = experts[module][0].chosen if module in experts else None
             of = None if chosen is None else chosen // batch[1]
             shared.see(name, args[0] if args else next(iter(kwargs.values())), batch[0], of)
-            if shared.complete:
+            if shared.complete and not to_the_end:
                 raise _AllRead
 
         return see

@@ -153,7 +153,7 @@ class Replica:
             inputs: of the block, [sequences, length, hidden].
             samples: calibration sequences whose inputs are read instead; without both the whole calibration set.
         """
-        stream, modules = self._block._stream, {m: self._inner[m.name] for m in self._block.matrices}
+        stream, modules = self._block._stream, self._modules()
 
         def batches() -> Iterable[torch.Tensor]:
             if inputs is not None:
@@ -194,25 +194,55 @@ class Replica:
             [outputs, inputs] in the copy's dtype for each matrix; zero where no sample reaches one.
         """
 
-        def attempt() -> dict[Matrix, torch.Tensor]:
-            return self._sampled(loss, reduce, see)
+        return self._there_and_back(None, loss, reduce, see)[0]
+
+    def gradients_and(
+        self,
+        kind: type[Statistic],
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        reduce: Reduce = "rms",
+        see: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:
+        """What `gradients` finds and what `collect` does, in one pass."""
+        return self._there_and_back(kind, loss, reduce, see)
+
+    def _there_and_back(
+        self,
+        kind: type[Statistic] | None,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        reduce: Reduce,
+        see: Callable[[int, torch.Tensor], None] | None,
+    ) -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:
+        block, stream, modules = self._block, self._block._stream, self._modules()
+
+        def attempt() -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:
+            found, samples = SampleGradients([self.parameter(matrix) for matrix in modules], reduce), 0
+
+            def parts() -> Iterator[torch.Tensor]:
+                return found.parts(block.batches(), stream.batch_size)
+
+            def go(part: torch.Tensor) -> None:
+                nonlocal samples
+                with found.taking(self.module):
+                    output = self.forward(part)
+                    found.backward(len(part), torch.stack([loss(own) for own in torch.split(output, 1)]).sum())
+                if see:
+                    see(samples, output.detach())
+                samples += len(part)
+
+            values: dict[Matrix, torch.Tensor] = {}
+            if kind is None:
+                for part in parts():
+                    go(part)
+            else:
+                values = gather(self.module, modules, [kind], parts, self.forward, stream.starved, go)
+            return {m: m.oriented(total) for m, total in zip(modules, found.reduced(), strict=True)}, values
 
         with phase("statistics"):
-            return self._block._stream.halving(attempt, self._block.index)
+            return stream.halving(attempt, block.index)
 
-    def _sampled(
-        self, loss: Callable[[torch.Tensor], torch.Tensor], reduce: Reduce, see: Callable[[int, torch.Tensor], None] | None
-    ) -> dict[Matrix, torch.Tensor]:
-        matrices, samples = self._block.matrices, 0
-        found = SampleGradients([self.parameter(matrix) for matrix in matrices], reduce)
-        for part in found.parts(self._block.batches(), self._block._stream.batch_size):
-            with found.taking(self.module):
-                output = self.forward(part)
-                found.backward(len(part), torch.stack([loss(own) for own in torch.split(output, 1)]).sum())
-            if see:
-                see(samples, output.detach())
-            samples += len(part)
-        return {m: m.oriented(total) for m, total in zip(matrices, found.reduced(), strict=True)}
+    def _modules(self) -> dict[Matrix, nn.Module]:
+        return {matrix: self._inner[matrix.name] for matrix in self._block.matrices}
 
     def parameter(self, matrix: Matrix) -> nn.Parameter:
         """The copy of a matrix's parameter, in its stored orientation; takes gradients."""

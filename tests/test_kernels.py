@@ -19,6 +19,7 @@ from prunebench.errors import NonFiniteError, RequestError
 from prunebench.targets import NM, Target, Unstructured
 from prunebench.toolkit import Gram, InputNorm, keep_mask, kernels, masks
 from prunebench.toolkit.masks import keep_by_norms, keep_slab
+from prunebench.toolkit.regional import RmsProp
 from prunebench.toolkit.scores import gradient_scores, wanda_scores
 
 HALF = Unstructured(0.5)
@@ -159,6 +160,26 @@ def test_short_inputs_lose_nothing_in_float32() -> None:
         gram.add(inputs.float(), 2)
         wanted = inputs.double().t() @ inputs.double()
         torch.testing.assert_close(gram.value().double(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.max()))
+
+
+# Training
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 48)])
+def test_a_step_of_rmsprop(shape: tuple[int, int], device: torch.device) -> None:
+    """As PyTorch's, within rounding; what is not stored row by row is left to it."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator).to(device), torch.randn(shape, generator=generator).to(device).t()]
+    ours, theirs = [value.clone() for value in values], [value.clone() for value in values]
+    mine, reference = RmsProp(ours, 0.01), torch.optim.RMSprop(theirs, lr=0.01)
+    for _ in range(4):
+        for index, value in enumerate(theirs):
+            value.grad = torch.randn(value.shape, generator=generator).to(device)
+            mine.step(index, value.grad)
+        reference.step()
+    for found, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    in_use(device, "rmsprop")
 
 
 # The door

@@ -28,6 +28,7 @@ from prunebench.targets import NM, Unstructured
 from prunebench.toolkit import Gram, InputNorm, keep_mask, kernels
 from prunebench.toolkit.least_squares import InverseFactor, choose_groups, choose_slabs, sweep
 from prunebench.toolkit.masks import keep_by_norms
+from prunebench.toolkit.regional import RmsProp
 from prunebench.toolkit.scores import wanda_scores
 from prunebench.toolkit.shapes import config_of, shape_named
 from prunebench.toolkit.stats import Statistic
@@ -79,7 +80,10 @@ def cases(shapes: dict[str, tuple[int, int]], device: torch.device) -> Iterator[
         for label, choose, every in (("50%", choose_slabs(HALF, None), 0), ("2:4", choose_groups(PAIRS, None), 4)):
             work = lambda w=weight, f=factor, c=choose, e=every: sweep(w, f, c, every=e)  # noqa: E731 - as the others
             yield Case("column_sweep", f"sparsegpt {label} {name}", work, 4 * columns * columns // 2 + 7 * size)
+        stepping, gradient = weight.float(), torch.randn(rows, columns, generator=generator, device=device)
         del factor, weight
+        yield Case("rmsprop", f"step and copy {name}", lambda w=stepping, g=gradient: _stepped(w, g), 32 * size)
+        del stepping, gradient
         inputs = torch.randn(TOKENS, columns, generator=generator, device=device, dtype=torch.bfloat16)
         yield Case("column_squares", f"norms {name}", lambda x=inputs: _statistic(InputNorm, x), 2 * inputs.numel())
         moved = 2 * inputs.numel() + 8 * columns * columns
@@ -104,6 +108,12 @@ def _statistic(kind: type[Statistic], inputs: torch.Tensor) -> torch.Tensor:
     statistic = kind(inputs.shape[1], inputs.device, torch.float32)
     statistic.add(inputs if statistic.takes(inputs) else inputs.float(), 16)
     return statistic.value()
+
+
+def _stepped(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    moved = weight.clone()
+    RmsProp([moved], 0.01).step(0, gradient)
+    return moved
 
 
 def milliseconds(work: Callable[[], Any], repeats: int) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 from prunebench.effort import TO_WEIGHTS, Effort, EffortFacts
 from prunebench.handles import Matrix
 from prunebench.spec import Job, Placement
+from prunebench.toolkit import kernels
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
 from prunebench.toolkit.placement import HostActivations
@@ -169,7 +170,7 @@ class Student:
 
 
 class RmsProp:
-    """The steps of `torch.optim.RMSprop`, bit for bit, without a temporary of a weight's size."""
+    """The steps of `torch.optim.RMSprop`, on a host bit for bit, without a temporary of a weight's size."""
 
     def __init__(self, values: Sequence[torch.Tensor], learning_rate: float) -> None:
         """For these weights, changed in place."""
@@ -181,10 +182,20 @@ class RmsProp:
 
     def step(self, index: int, gradient: torch.Tensor) -> None:
         """Move one of the weights by its gradient, of the same shape."""
+        if self._by_kernel(index, gradient):
+            return
         for value, square, part in zip(self._values[index], self._squares[index], _pieces(gradient), strict=True):
             square.mul_(SMOOTHING).addcmul_(part, part, value=1 - SMOOTHING)
             root = torch.sqrt(square, out=self._root[: square.numel()].view(square.shape)).add_(EPSILON)
             value.addcdiv_(part, root, value=-self._learning_rate)
+
+    def _by_kernel(self, index: int, gradient: torch.Tensor) -> bool:
+        """The same in one pass over memory, within rounding; whether there is a kernel for it."""
+        (value, *others), (square, *_) = self._values[index], self._squares[index]
+        if others:
+            return False
+        numbers = (self._learning_rate, SMOOTHING, EPSILON)
+        return kernels.run(value.device, "rmsprop", lambda k: k.step(value, square, gradient, *numbers)) is not None
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

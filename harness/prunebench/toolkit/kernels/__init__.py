@@ -26,7 +26,7 @@ from prunebench.toolkit.phases import uncounted
 
 _T = TypeVar("_T")
 
-NAMES = ("groups", "rows", "matrices", "column_sweep", "column_squares", "gram")
+NAMES = ("groups", "rows", "matrices", "column_sweep", "column_squares", "gram", "rmsprop")
 """Kernels of GPUs: modules of this package, each with a `check(device)` that raises where results are not as they should be."""
 
 ON_HOSTS = ("host_sweep",)

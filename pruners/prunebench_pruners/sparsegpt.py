@@ -27,7 +27,7 @@ from prunebench.effort import Effort, EffortFacts, pruning_effort, walking_effor
 from prunebench.errors import RunError
 from prunebench.spec import Changes, Claims, Job, JobFacts, Matrix, Needs, Pruner, option
 from prunebench.targets import NM, Unstructured
-from prunebench.toolkit import Block, Gram, InputNorm, keep_mask, walk, wanda_scores
+from prunebench.toolkit import Block, Gram, InputNorm, walk
 from prunebench.toolkit.least_squares import (
     Choose,
     ThresholdRule,
@@ -38,6 +38,7 @@ from prunebench.toolkit.least_squares import (
     inverse_factor,
     sweep,
 )
+from prunebench.toolkit.masks import keep_by_norms
 
 
 @dataclass
@@ -126,8 +127,7 @@ class SparseGpt(Pruner):
             check_room(matrix.name, groups, job.target)
             removed = ~earlier.to(weight.device)
         if self.mask == "wanda":
-            scores = wanda_scores(weight, norms)
-            keep = keep_mask(scores if removed is None else scores.masked_fill(removed, -1), job.target, "row")
+            keep = keep_by_norms(weight, norms, job.target, removed=removed)
             return choose_given(keep if removed is None else keep & ~removed), 0
         if isinstance(job.target, NM):
             return choose_groups(job.target, removed), job.target.of

@@ -28,7 +28,8 @@ import torch
 
 from prunebench.effort import Effort, EffortFacts, gradient_effort, pruning_effort, walking_effort
 from prunebench.spec import Changes, Claims, Job, Matrix, Needs, Pruner, option
-from prunebench.toolkit import Block, InputNorm, gradient_scores, keep_mask, walk, wanda_scores
+from prunebench.toolkit import Block, InputNorm, walk
+from prunebench.toolkit.masks import keep_by_norms
 from prunebench.toolkit.regional import Findings, Lesson, Student, student_effort
 
 Tensors = Mapping[Matrix, torch.Tensor]
@@ -150,8 +151,6 @@ class WandaPlusPlus(Pruner):
         alpha = self.alpha / math.sqrt(samples) if self.act_norm == "sum" else self.alpha
         masks = {}
         for m, norm in norms.items():
-            scores = gradient_scores(weight(m), norm, gradients[m], alpha) if gradients else wanda_scores(weight(m), norm)
-            if m.name in job.masks:
-                scores.masked_fill_(~job.masks[m.name].to(scores.device), -1.0)
-            masks[m] = keep_mask(scores, job.target, group="row")
+            removed = ~job.masks[m.name].to(norm.device) if m.name in job.masks else None
+            masks[m] = keep_by_norms(weight(m), norm, job.target, gradients[m] if gradients else None, alpha, removed)
         return masks

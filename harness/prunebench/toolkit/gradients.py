@@ -19,7 +19,7 @@ from torch import nn
 from prunebench.spec import Job, Matrix
 from prunebench.toolkit.arranging import footprint
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.placement import Resident
+from prunebench.toolkit.placement import Resident, brought
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.recorder import replaced
 from prunebench.toolkit.sample_gradients import SampleGradients, together
@@ -126,16 +126,13 @@ def _by_blocks(job: Job, reduce: Literal["l1", "l2"]) -> dict[str, torch.Tensor]
     try:
         for index, handle in enumerate(blocks):
             job.progress("forward", index, len(blocks))
-            job.placement.bring(handle.module)
-            try:
+            with brought(job.placement, handle.module):
                 stream.expect(index + 1)
                 inputs = stream.inputs(index)
                 if not index:
                     kept = Shelf(job.device, _resting_place(inputs.device, inputs.nbytes * len(blocks)) == inputs.device)
                 kept.append(inputs)
                 stream.propagate(index)
-            finally:
-                job.placement.drop(handle.module)
         gradients = _at_the_top(job, stream)
         found: dict[str, torch.Tensor] = {}
         for index in reversed(range(len(blocks))):
@@ -189,11 +186,8 @@ def _through_block(
     """Reduced gradients of one block's matrices; the gradient at its output is replaced by the one at its input."""
     handle, placement = job.anatomy.blocks[index], job.placement
     with phase("statistics"):
-        placement.bring(handle.module)
-        try:
+        with brought(placement, handle.module):
             replica = Block(handle, index, stream).replica(stream.work_dtype())
-        finally:
-            placement.drop(handle.module)
         placement.expect(job.anatomy.blocks[index - 1].module if index else None)
         found, at = SampleGradients([replica.parameter(matrix) for matrix in handle.matrices], reduce), 0
         for part in found.parts([inputs], job.batch_size):

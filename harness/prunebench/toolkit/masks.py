@@ -74,7 +74,12 @@ def keep_mask(
 
 
 def keep_by_norms(
-    weight: torch.Tensor, norms: torch.Tensor, target: Target, gradients: torch.Tensor | None = None, alpha: float = 0.0
+    weight: torch.Tensor,
+    norms: torch.Tensor,
+    target: Target,
+    gradients: torch.Tensor | None = None,
+    alpha: float = 0.0,
+    removed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`keep_mask` by rows of `wanda_scores`, or of `gradient_scores` where there are gradients; on GPUs scores are not written.
 
@@ -84,17 +89,18 @@ def keep_by_norms(
         target: the pattern.
         gradients: magnitudes reduced over samples, [outputs, inputs], anywhere.
         alpha: how much the gradients count.
+        removed: entries that go first, [outputs, inputs].
 
     Raises:
         NonFiniteError, RunError: as `keep_mask`.
     """
     with phase("scoring"):
         there = None if gradients is None else gradients.to(weight.device)
-        found = _by_kernel(weight, target, norms, there, alpha)
+        found = None if removed is not None else _by_kernel(weight, target, norms, there, alpha)
         if found is not None and not int(found[1]):
             return found[0]
         scores = wanda_scores(weight, norms) if there is None else gradient_scores(weight, norms, there, alpha)
-        return keep_mask(scores, target, "row")
+        return keep_mask(scores if removed is None else scores.masked_fill_(removed, -1), target, "row")
 
 
 def keep_slab(scores: torch.Tensor, target: Target) -> torch.Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from prunebench.handles import Placement
 from prunebench.plain import size_text
 from prunebench.toolkit.transfer import Lane, Ticket, lane_to
 
@@ -254,9 +256,27 @@ class _Visit:
     back: Ticket | None = None
 
 
+@contextmanager
+def brought(placement: Placement, module: nn.Module) -> Iterator[None]:
+    """A block that is only read, on the device for the time inside."""
+    placement.bring(module)
+    try:
+        yield
+    finally:
+        placement.drop(module)
+
+
 def tensors_of(module: nn.Module) -> list[torch.Tensor]:
     """A module's parameters and buffers, each once."""
     return list({id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}.values())
+
+
+def place_rest(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Move what is in no block."""
+    inside = {id(tensor) for block in blocks for tensor in tensors_of(block)}
+    for tensor in tensors_of(model):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
 
 
 def place_model(model: nn.Module, blocks: list[nn.Module], placement: Resident) -> None:
@@ -264,11 +284,6 @@ def place_model(model: nn.Module, blocks: list[nn.Module], placement: Resident) 
     if not isinstance(placement, Streaming):
         model.to(placement.device)
         return
-    inside = {id(tensor) for block in blocks for tensor in [*block.parameters(), *block.buffers()]}
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for tensor in table.values():
-                if tensor is not None and id(tensor) not in inside:
-                    tensor.data = tensor.data.to(placement.device)
+    place_rest(model, blocks, placement.device)
     for block in blocks:
         block.to(placement.host)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prunebench.errors import RequestError
-from prunebench.toolkit.placement import Resident, Streaming, tensors_of
+from prunebench.toolkit.placement import Resident, Streaming, place_rest
 
 
 def devices_of(text: str) -> tuple[torch.device, ...]:
@@ -113,13 +113,10 @@ class Spread(Resident):
 
     def place(self, model: nn.Module) -> None:
         """Put a model's blocks where they belong, and what is in no block on the first device."""
-        for module in model.modules():
-            if id(module) in self._homes:
-                module.to(self._homes[id(module)])
-        inside = {id(tensor) for module in model.modules() if id(module) in self._homes for tensor in tensors_of(module)}
-        for tensor in tensors_of(model):
-            if id(tensor) not in inside:
-                tensor.data = tensor.data.to(self.device)
+        blocks = [module for module in model.modules() if id(module) in self._homes]
+        for block in blocks:
+            block.to(self._homes[id(block)])
+        place_rest(model, blocks, self.device)
 
 
 def called_there(block: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

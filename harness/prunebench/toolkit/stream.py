@@ -18,7 +18,7 @@ from prunebench.spec import Job
 from prunebench.toolkit.gathering import Starved
 from prunebench.toolkit.memory import halving
 from prunebench.toolkit.phases import phase
-from prunebench.toolkit.placement import paying_batch
+from prunebench.toolkit.placement import brought, paying_batch
 from prunebench.toolkit.precision import working
 from prunebench.toolkit.products import quick
 from prunebench.toolkit.recorder import BlockCall, record_arguments, record_calls, unpack
@@ -88,12 +88,8 @@ class Stream:
         placement, first = self._job.placement, self._job.anatomy.blocks[0].module
         if hidden.shape[:2] != self._job.calibration.shape:
             raise ContractError(f"hidden states of {list(hidden.shape)} are not those of the calibration set.")
-        placement.bring(first)  # the recorder runs it on one sequence
-        try:
-            with torch.no_grad(), evaluating(self._job.model):
-                self._calls = record_arguments(self._job)
-        finally:
-            placement.drop(first)
+        with brought(placement, first), torch.no_grad(), evaluating(self._job.model):  # the recorder runs it on one sequence
+            self._calls = record_arguments(self._job)
         self._at, self._hidden = at, placement.room(hidden, len(hidden)).copy_(hidden)
 
     def close(self) -> None:
@@ -153,15 +149,11 @@ class Stream:
         placement.release(modules[index])
         try:
             while self._at < index:
-                module = modules[self._at]
-                placement.bring(module)
-                try:
+                with brought(placement, modules[self._at]):
                     self.expect(self._at + 1)
                     if self._hidden is None:
                         self._record()
                     self.propagate(self._at)
-                finally:
-                    placement.drop(module)
         finally:
             placement.bring(modules[index])
             self.expect(index + 1)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prunebench.handles import Placement
+from prunebench.toolkit.placement import brought
 from prunebench.toolkit.recorder import replaced
 from prunebench.toolkit.spread import called_there
 
@@ -87,16 +88,6 @@ class Visits:
     def finish(self) -> None:
         """Wait until everything is stored."""
         self._placement.finish()
-
-
-@contextmanager
-def brought(placement: Placement, module: nn.Module) -> Iterator[None]:
-    """A block that is only read, on the device for the time inside."""
-    placement.bring(module)
-    try:
-        yield
-    finally:
-        placement.drop(module)
 
 
 @contextmanager

@@ -22,10 +22,9 @@ from prunebench.spec import EvalJob, Job, Needs
 from prunebench.targets import Dense
 from prunebench.toolkit.anatomy import ModelAnatomy, find_anatomy
 from prunebench.toolkit.cache import digest, digest_array
-from prunebench.toolkit.placement import HostActivations
+from prunebench.toolkit.placement import HostActivations, brought
 from prunebench.toolkit.recorder import record_arguments, replaced
 from prunebench.toolkit.stream import Stream, evaluating
-from prunebench.toolkit.visiting import brought
 
 Predictor = Callable[[torch.Tensor], torch.Tensor]
 """Logits [windows, window, vocabulary] of the next batch of windows; batches are given in order, from the first."""

@@ -23,7 +23,7 @@ from prunebench.errors import NonFiniteError, Refused
 from prunebench.handles import Placement
 from prunebench.spec import EvalFacts, EvalJob, JsonDict, Matrix, Score
 from prunebench.toolkit.anatomy import find_anatomy
-from prunebench.toolkit.visiting import brought
+from prunebench.toolkit.placement import brought
 
 
 @dataclass

@@ -9,12 +9,11 @@ to be halved is not kept: its bits are not those of the batch in the key.
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import filelock
 import numpy as np
@@ -23,14 +22,14 @@ import torch
 from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.measure import Cost, peaks_so_far
 from prunebench.bench.plan import RunRequest
-from prunebench.errors import RequestError
 from prunebench.spec import Job, Pruner
 from prunebench.toolkit.cache import cache_folder, digest, load_arrays, save_arrays
+from prunebench.toolkit.memory import gib_setting
 from prunebench.toolkit.phases import lap, uncounted
 
 KIND = "artefacts"
 LIMIT = "PRUNEBENCH_ARTEFACTS_GIB"
-DEFAULT_LIMIT = "20"
+DEFAULT_LIMIT = 20 << 30
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,7 +46,7 @@ class Artefacts:
         Raises:
             RequestError: the setting of how much may be kept is not a number of GiB; found before the work, not after it.
         """
-        limit_bytes()
+        self._limit = limit_bytes()
         self.reused: list[str] = []
         """Names of what was taken from the cache."""
         self.job: Job | None = None
@@ -72,7 +71,6 @@ class Artefacts:
             kept = _load(key)
         if kept is not None:
             return self._taken(name, kept)
-        limit = limit_bytes()
         with self._alone(key, name):
             with uncounted():
                 kept = _load(key)  # which another run may have made while this one waited
@@ -82,7 +80,7 @@ class Artefacts:
                 tensors = make()
             if self.job is None or self.job.batch_size == self._batch_size:
                 with uncounted():
-                    _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), limit)
+                    _save(key, tensors, Cost(seconds, *peaks_so_far(self._device)), self._limit)
         return tensors
 
     def _taken(self, name: str, kept: tuple[Tensors, Cost]) -> Tensors:
@@ -155,14 +153,16 @@ def _load(key: str) -> tuple[Tensors, Cost] | None:
 def _save(key: str, tensors: Tensors, cost: Cost, limit: int) -> None:
     arrays = {}
     for name, tensor in tensors.items():
-        stored = tensor.detach().cpu()
-        if stored.dtype == torch.bfloat16:  # which NumPy does not know: its bits
-            arrays[_BFLOAT16 + name] = stored.contiguous().view(torch.int16).numpy()
-        else:
-            arrays[_TENSOR + name] = stored.numpy()
+        arrays[(_BFLOAT16 if tensor.dtype == torch.bfloat16 else _TENSOR) + name] = as_array(tensor)
     arrays[_COST] = np.frombuffer(json.dumps(asdict(cost)).encode(), dtype=np.uint8)
     if make_room(sum(array.nbytes for array in arrays.values()), limit):
         save_arrays(KIND, key, arrays)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A tensor's numbers; those of bfloat16, which NumPy does not know, as integers of the same bits."""
+    stored = tensor.detach().cpu().contiguous()
+    return stored.view(torch.int16 if stored.dtype == torch.bfloat16 else stored.dtype).numpy()
 
 
 def make_room(size: int, limit: int) -> bool:
@@ -191,11 +191,5 @@ def limit_bytes() -> int:
     Raises:
         RequestError: the setting is not a number of GiB.
     """
-    text = os.environ.get(LIMIT) or DEFAULT_LIMIT
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = math.nan
-    if not gib >= 0:
-        raise RequestError(f"{LIMIT} is a number of GiB, not {text!r}.")
-    return int(min(gib, 2.0**30) * 2**30)
+    found = gib_setting(LIMIT)
+    return DEFAULT_LIMIT if found is None else found

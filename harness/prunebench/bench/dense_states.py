@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunebench.bench.artefacts import KIND, limit_bytes, make_room, making
+from prunebench.bench.artefacts import KIND, as_array, limit_bytes, make_room, making
 from prunebench.bench.checkpoint_origin import code_digest
 from prunebench.bench.plan import RunRequest
 from prunebench.spec import Progress
 from prunebench.toolkit.cache import cache_folder, digest, write_file
-
-_STORED = {torch.bfloat16: torch.int16}
-"""What NumPy does not know, as what its bits are stored."""
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -88,8 +85,7 @@ def _load(key: str) -> torch.Tensor | None:
 
 def _save(key: str, tensor: torch.Tensor, limit: int) -> None:
     """Keep a tensor; where it does not fit, or nothing can be written, it is made again next time."""
-    stored = tensor.detach().cpu().contiguous()
-    array = stored.view(_STORED.get(stored.dtype, stored.dtype)).numpy()
+    array = as_array(tensor)
     if not make_room(array.nbytes, limit):
         return
     name = f"{key}.{str(tensor.dtype).removeprefix('torch.')}.{_checksum(array)}.npy"

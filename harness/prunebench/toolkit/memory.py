@@ -1,19 +1,40 @@
-"""When memory runs out: tell it from other failures, let go of what is cached, and do a pass again with half the batch."""
+"""Memory: settings of it, and when it runs out: tell that from other failures, let go of what is cached, halve the batch."""
 
 from __future__ import annotations
 
 import gc
+import math
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from prunebench.errors import RequestError
 from prunebench.spec import Job
 
 _SAYINGS = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 """What errors say that have no class of their own: the host's allocator, the CUDA runtime, its libraries."""
 
 _T = TypeVar("_T")
+
+
+def gib_setting(name: str) -> int | None:
+    """An environment variable in GiB, as bytes; None where it is not set.
+
+    Raises:
+        RequestError: it is not a number of GiB.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan
+    if not gib >= 0:
+        raise RequestError(f"{name} is a number of GiB, not {text!r}.")
+    return int(min(gib, 2.0**30) * 2**30)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

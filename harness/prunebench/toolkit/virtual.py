@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunebench.errors import Refused, RequestError
+from prunebench.errors import Refused
 from prunebench.spec import Changes, Pruner
 from prunebench.toolkit.anatomy import DecoderBlock, KeepMasks, LinearMatrix, ModelAnatomy, find_anatomy
 from prunebench.toolkit.audit import Look, bits, differing, look_at
+from prunebench.toolkit.memory import gib_setting
 from prunebench.toolkit.phases import uncounted
 from prunebench.toolkit.placement import HostActivations, Resident
 from prunebench.toolkit.shapes import RandomWeights, filled
@@ -40,13 +41,10 @@ def is_large(weight_bytes: int) -> bool:
     Raises:
         RequestError: the setting is not a number of GiB.
     """
-    text = os.environ.get(LIMIT)
-    if not text:
+    most = gib_setting(LIMIT)
+    if most is None:
         return weight_bytes > SHARE_OF_HOST * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return weight_bytes > float(text) * (1 << 30)
-    except ValueError:
-        raise RequestError(f"{LIMIT} is a number of GiB, not {text!r}.") from None
+    return weight_bytes > most
 
 
 def is_virtual(model: nn.Module) -> bool:

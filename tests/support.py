@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -178,6 +179,8 @@ def _falcon_40b(**options: Any) -> PreTrainedModel:
     return _falcon(**{"new_decoder_architecture": True, "num_kv_heads": 2} | options)
 
 
+SPEED = Path(__file__).parents[1] / "benchmarks" / "speed"
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -217,6 +220,17 @@ def scattered(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def tokens_of(samples: int = 5, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
     """Random token ids [samples, length]."""
     return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(seed))
+
+
+def speed_script(name: str) -> Any:
+    """A script of `benchmarks/speed`, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"speed_{name}", SPEED / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_job(

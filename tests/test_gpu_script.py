@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,33 +12,21 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from support import SPEED, speed_script
 
 from prunebench.bench.plan import Planner
 from prunebench.bench.suite import load_suite
 from prunebench.plugins import load_registry
 
 ROOT = Path(__file__).parents[1]
-SPEED = ROOT / "benchmarks" / "speed"
 SCRIPT = SPEED / "gpu.sh"
 SUITES = ("speed-7b", "speed-30b", "speed-70b", "speed-served")
 
 
-def loaded(name: str) -> ModuleType:
-    """A file of the folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"speed_{name}", SPEED / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-session: Any = loaded("session")
+session: Any = speed_script("session")
 
 
 def script(*args: str, state: Path, **environment: str) -> subprocess.Popen[str]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from support import Bench, cases, same_bits
+from support import Bench, cases, same_bits, speed_script
 from test_artefacts import Maker, replaced_model, replaced_spec
 from test_runner import halve, stranger
 
@@ -31,18 +28,6 @@ from prunebench_pruners.gblm import Gblm
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 REUSED = "divergence: the dense model"
-
-
-def loaded(name: str) -> ModuleType:
-    """A script beside the speed suite, which is no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "speed" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"speed_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -299,7 +284,7 @@ def test_different_things_are_made_at_once() -> None:
 
 # The page that counts it
 
-sharing = loaded("sharing")
+sharing = speed_script("sharing")
 
 
 def test_the_matrix_together_and_apart(bench: Bench, tmp_path: Path) -> None:

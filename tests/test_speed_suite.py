@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from support import SPEED, speed_script
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunebench.targets import Unstructured, parse_target
 from prunebench.toolkit import keep_mask
 
-SPEED = Path(__file__).parents[1] / "benchmarks" / "speed"
-
-
-def loaded(name: str) -> ModuleType:
-    """A file of the suite, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"speed_{name}", SPEED / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-run = loaded("run")
+run = speed_script("run")
 baseline = sys.modules["baseline"]
 TINY = run.Shape(layers=2, hidden=64, inner=192, heads=4, vocabulary=128, samples=6, length=24)
 """Wide enough for two slabs, and one that is cut short."""

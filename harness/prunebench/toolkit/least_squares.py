@@ -188,14 +188,15 @@ def sweep(
     """
     with phase("update"):
         work = at_least_float32(weight).t().clone(memory_format=torch.contiguous_format)
-        work[factor.dead] = 0
+        if work.device.type != "cpu" or bool(factor.dead.any()):  # a device would have to be waited for
+            work[factor.dead] = 0
         keep = torch.empty_like(work, dtype=torch.bool)
         loss = work.new_zeros(())
         for start in range(0, len(work), slab):
             end = min(start + slab, len(work))
             part = _Slab(work[start:end], keep[start:end], factor.upper[start:end, start:end], choose, start)
             errors = part.swept(every, leaf)
-            loss += errors.square().sum() / 2
+            loss += torch.linalg.vector_norm(errors).square() / 2
             _correct(work[end:], factor.upper[start:end, end:], errors)
         work += 0.0  # -0.0 becomes 0.0
         if bool(torch.isnan(loss)):  # errors hold every NaN that was swept

@@ -157,13 +157,14 @@ void prunebench_sweep(
 /* Lay out `upper` [deep, later], stored by rows or by columns, for prunebench_correct: BLOCK columns after BLOCK columns. */
 void prunebench_pack(float *share, const float *upper, int64_t row, int64_t column, int64_t deep, int64_t later)
 {
-    const int64_t by_rows = column == 1, outer = by_rows ? deep : BLOCK, inner = by_rows ? BLOCK : deep; /* as they lie in memory */
-    for (int64_t c = 0; c < later; c += BLOCK, share += BLOCK * deep)
-        for (int64_t o = 0; o < outer; o++)
-            for (int64_t n = 0; n < inner; n++) {
-                const int64_t k = by_rows ? o : n, i = by_rows ? n : o;
-                share[k * BLOCK + i] = c + i < later ? upper[k * row + (c + i) * column] : 0;
-            }
+    int64_t c = 0;
+    for (; c + BLOCK <= later; c += BLOCK)
+        for (int64_t k = 0; k < deep; k++)
+            for (int64_t i = 0; i < BLOCK; i++)
+                *share++ = upper[k * row + (c + i) * column];
+    for (int64_t k = 0; c < later && k < deep; k++)
+        for (int64_t i = 0; i < BLOCK; i++)
+            *share++ = c + i < later ? upper[k * row + (c + i) * column] : 0;
 }
 
 /* Take from the rows `first` to `last` of `later` columns the errors of the `deep` columns of a slab. */

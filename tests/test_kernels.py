@@ -174,7 +174,9 @@ def test_a_step_of_rmsprop(shape: tuple[int, int], device: torch.device) -> None
     mine, reference = RmsProp(ours, 0.01), torch.optim.RMSprop(theirs, lr=0.01)
     for _ in range(4):
         for index, value in enumerate(theirs):
-            value.grad = torch.randn(value.shape, generator=generator).to(device)
+            value.grad = torch.randn(shape if not index else shape[::-1], generator=generator).to(device)
+            by_kernel = kernels.run(device, "rmsprop", lambda k, w=ours[index].clone(), g=value.grad: k.step(w, g, g, 0, 0, 1))
+            assert (by_kernel is not None) == (index == 0)
             mine.step(index, value.grad)
         reference.step()
     for found, wanted in zip(ours, theirs, strict=True):

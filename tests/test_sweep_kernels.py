@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
+import signal
+import threading
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +103,10 @@ def test_a_slab_too_wide_is_for_torch(device: torch.device, monkeypatch: pytest.
     weight, gram = problem(5, 48)
     factor = inverse_factor(gram.to(device), 0.01, never)
     wanted = sweep(weight.to(device), factor, choose_slabs(HALF, None), 48)
-    monkeypatch.setattr(import_module(f"{kernels.__name__}.{sweeper()}"), "WIDEST", 32)
+    kernel = import_module(f"{kernels.__name__}.{sweeper()}")
+    monkeypatch.setattr(kernel, "WIDEST", 32)
+    work, keep = torch.zeros(2, 48, 5, device=device)
+    assert kernel.sweep_slab(work, keep.bool(), torch.eye(48, device=device), torch.ones(48, 1, device=device)) is None
     found = sweep(weight.to(device), factor, choose_slabs(HALF, None), 48)
     assert torch.equal(found.keep, wanted.keep)
     torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-5)
@@ -228,34 +234,72 @@ def test_without_a_compiler_torch_sweeps(
 
 
 @COMPILER
-def test_it_is_compiled_once_and_again_where_it_was_damaged(
-    host: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[list[str]] = []
-    compile_it = compiling._output
-    monkeypatch.setattr(compiling, "_output", lambda command: calls.append(command) or compile_it(command))
+def test_a_host_that_gives_no_more_threads(host: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row is swept twice, and none is left out."""
+    weight, gram = problem(300, 136)
+    factor = inverse_factor(gram, 0.01, never)
+    wanted = swept_by(weight, factor, NM(2, 4))
+    start, begun = threading.Thread.start, []
 
-    def compilations(cache: Path) -> int:
-        monkeypatch.setenv("PRUNEBENCH_CACHE", str(cache))
-        calls.clear()
-        forget()
-        monkeypatch.setattr(kernels, "_verdicts", {})
-        assert kernels.use(host, "host_sweep"), kernels.report()
-        return sum("-o" in command for command in calls)
+    def scarce(self: threading.Thread) -> None:
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(self)
+        start(self)
 
-    assert [compilations(tmp_path / "cache"), compilations(tmp_path / "cache")] == [1, 0]
-    (kept,) = (tmp_path / "cache" / "kernels").iterdir()
-    damaged = tmp_path / "damaged" / "kernels" / kept.name
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"no library")
-    assert compilations(tmp_path / "damaged") == 1
-    assert damaged.stat().st_size == kept.stat().st_size
+    host_sweep._pool.cache_clear()
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    try:
+        assert equal(swept_by(weight, factor, NM(2, 4)), wanted)
+        assert begun
+        in_use(host, "host_sweep")
+    finally:
+        host_sweep._pool.cache_clear()
 
 
 @COMPILER
-def test_nothing_is_kept_where_nothing_can_be_written(
-    host: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "file"))
-    assert kernels.use(host, "host_sweep"), kernels.report()
+def test_a_fork_has_threads_of_its_own(host: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem(300, 136)
+    factor = inverse_factor(gram, 0.01, never)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    wanted = swept_by(weight, factor, NM(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python, which cannot know that these threads rest
+        child = os.fork()
+    if not child:
+        signal.alarm(30)
+        os._exit(0 if equal(swept_by(weight, factor, NM(2, 4)), wanted) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@COMPILER
+def test_what_it_cannot_read_is_for_torch(host: torch.device) -> None:
+    """Nothing is written then. Other threads' settings and no outputs do not disturb it."""
+    work, keep, upper = torch.randn(8, 5), torch.ones(8, 5, dtype=torch.bool), torch.eye(8)
+    inverse, errors = torch.ones(8, 1), torch.randn(8, 5)
+    wide = torch.zeros(264, 5)
+    for refused in (
+        host_sweep.sweep_slab(work.double(), keep, upper, inverse),
+        host_sweep.sweep_slab(work, keep, upper.double(), inverse),
+        host_sweep.sweep_slab(work, keep, upper, inverse.double()),
+        host_sweep.sweep_slab(work, keep.int(), upper, inverse),
+        host_sweep.sweep_slab(work, keep, upper, inverse, 1, 3),
+        host_sweep.sweep_slab(work, keep, upper, inverse, 2, 4, torch.zeros(5, 8)),
+        host_sweep.sweep_slab(work.t().contiguous().t(), keep, upper, inverse),
+        host_sweep.sweep_slab(wide, wide.bool(), torch.eye(264), torch.ones(264, 1)),
+        host_sweep.correct(work, upper.double(), errors),
+        host_sweep.correct(work, upper, errors.half()),
+        host_sweep.correct(work, torch.zeros(264, 8), wide),
+    ):
+        assert refused is None
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        wanted = work - upper.t() @ errors
+        assert torch.allclose(host_sweep.correct(work, upper, errors), wanted)
+    finally:
+        torch.set_default_dtype(before)
+    nothing = host_sweep.sweep_slab(torch.zeros(8, 0), keep[:, :0].contiguous(), upper, inverse)
+    assert nothing is not None
+    assert nothing.shape == (8, 0)

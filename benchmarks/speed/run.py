@@ -6,6 +6,8 @@ Both prune copies of one random model, in one process, one after the other and a
 on both: a ratio is taken of each pair, its median and quartiles are shown. `found/floor` is our seconds over those of the
 products that no implementation of these methods avoids, at the rate of a plain product measured here. Seconds mean something on
 a quiet machine only; the load is printed. Before any time counts, the masks are compared, so that equal work is compared.
+`memory` is what is resident at most beyond the model and the set, in a process of its own, whose allocator gives every tensor's
+pages back at once: else what it keeps for later, up to 100 MiB on either side, is what is measured.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +46,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import baseline
 
 Masks = dict[str, torch.Tensor]
+
+KEEP_NOTHING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+"""For glibc, whose threshold otherwise rises to 32 MiB."""
 
 
 @dataclass(frozen=True)
@@ -263,23 +269,42 @@ def differing(case: Case, plain: Masks, ours: Masks) -> int:
     return sum(counts.values())
 
 
-def measure(case: Case, repeats: int, rate: Callable[[], float]) -> Found:
+def measure(case: Case, repeats: int, rate: Callable[[], float], memory: dict[str, float]) -> Found:
     """Time both sides in turn, so many times; the best rate found before any of them makes the floor."""
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    memory = {"plain": 0.0, "ours": 0.0}
     best, differ = 0.0, 0
     for repeat in range(repeats):
         best, masks = max(best, rate()), {}
         for side, prepare in (("plain", case.plain), ("ours", case.ours)):
-            run, before = prepare(), resident_set_back()
+            run = prepare()
             taken, masks[side] = timed(run)
             seconds[side].append(taken)
-            memory[side] = max(memory[side], resident("VmHWM") - before)
             del run
         if not repeat:
             differ = differing(case, masks["plain"], masks["ours"])
     floor = case.operations / best
     return Found(case.name, case.aim, seconds["plain"], seconds["ours"], floor, differ, memory["plain"], memory["ours"])
+
+
+def memory_apart(shape: Shape, name: str) -> dict[str, float]:
+    """What `memory` finds for a case, in a process whose allocator keeps nothing."""
+    size = json.dumps(asdict(shape))
+    command = [sys.executable, __file__, "--memory", name, "--shape", size, "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, env=os.environ | KEEP_NOTHING, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def memory(case: Case) -> dict[str, float]:
+    """MiB resident at most on each side beyond what was there."""
+    found = {}
+    for side, prepare in (("plain", case.plain), ("ours", case.ours)):
+        for _ in range(2):  # the first time libraries make themselves at home
+            run, before = prepare(), resident_set_back()
+            run()
+            found[side] = resident("VmHWM") - before
+            del run
+    return found
 
 
 def resident_set_back() -> float:
@@ -325,17 +350,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--json", type=Path, help="a file for all seconds")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, default={}, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shape, load = Shape(), os.getloadavg()[0]
+    shape, load = Shape(**arguments.shape), os.getloadavg()[0]
+    if arguments.memory:
+        print(json.dumps(memory(next(case for case in cases(shape) if case.name == arguments.memory))))
+        return
     rate = partial(matrix_rate, shape)
     print(f"{machine_slug()}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f}")
     print(f"{rate() / 1e9:.0f} GFLOP/s in a plain product of float32 matrices\n\n{HEADER}")
     found = []
     for case in cases(shape):
         if arguments.only in case.name:
-            found.append(measure(case, arguments.repeats, rate))
+            found.append(measure(case, arguments.repeats, rate, memory_apart(shape, case.name)))
             print(found[-1].line(), flush=True)
     if arguments.json:
         about = {"shape": asdict(shape), "torch": torch.__version__, "threads": torch.get_num_threads(), "load": load}

@@ -118,7 +118,8 @@ class WandaPlusPlus(Pruner):
         lesson = Lesson(job, replica, held_out + [sample for drawn in draws for sample in drawn])
         gradients = None
         if self.rgs:
-            gradients, norms = replica.gradients_and(InputNorm, torch.linalg.vector_norm, see=lesson.see)
+            wanted = InputNorm if held_out else None
+            gradients, norms = replica.gradients_and(wanted, torch.linalg.vector_norm, see=lesson.see)
         else:
             lesson.work_out()
             norms = replica.collect(InputNorm) if held_out else {}

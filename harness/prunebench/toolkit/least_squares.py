@@ -206,7 +206,7 @@ def sweep(
 
 def _correct(work: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor) -> None:
     """`W -= U' E` for the columns behind a slab, with U [columns of the slab, later columns]."""
-    if kernels.run(work.device, "host_sweep", lambda k: k.correct(work, upper, errors)) is None:
+    if len(work) and kernels.run(work.device, "host_sweep", lambda k: k.correct(work, upper, errors)) is None:
         work.addmm_(upper.t(), errors, alpha=-1)
 
 

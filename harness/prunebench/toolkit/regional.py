@@ -170,15 +170,14 @@ class Student:
 
 
 class RmsProp:
-    """The steps of `torch.optim.RMSprop`, on a host bit for bit, without a temporary of a weight's size."""
+    """The steps of `torch.optim.RMSprop`, on a host bit for bit, without a temporary of a weight's size there."""
 
     def __init__(self, values: Sequence[torch.Tensor], learning_rate: float) -> None:
         """For these weights, changed in place."""
         self._learning_rate = learning_rate
         self._values = [_pieces(value) for value in values]
         self._squares = [[torch.zeros_like(piece) for piece in pieces] for pieces in self._values]
-        largest = max((piece for pieces in self._values for piece in pieces), key=torch.numel)
-        self._root = largest.new_empty(largest.numel())
+        self._root: torch.Tensor | None = None
 
     def step(self, index: int, gradient: torch.Tensor) -> None:
         """Move one of the weights by its gradient, of the same shape."""
@@ -186,8 +185,14 @@ class RmsProp:
             return
         for value, square, part in zip(self._values[index], self._squares[index], _pieces(gradient), strict=True):
             square.mul_(SMOOTHING).addcmul_(part, part, value=1 - SMOOTHING)
-            root = torch.sqrt(square, out=self._root[: square.numel()].view(square.shape)).add_(EPSILON)
+            root = torch.sqrt(square, out=self._room()[: square.numel()].view(square.shape)).add_(EPSILON)
             value.addcdiv_(part, root, value=-self._learning_rate)
+
+    def _room(self) -> torch.Tensor:
+        if self._root is None:
+            largest = max((piece for pieces in self._values for piece in pieces), key=torch.numel)
+            self._root = largest.new_empty(largest.numel())
+        return self._root
 
     def _by_kernel(self, index: int, gradient: torch.Tensor) -> bool:
         """The same in one pass over memory, within rounding; whether there is a kernel for it."""

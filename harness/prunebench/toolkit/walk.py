@@ -194,25 +194,16 @@ class Replica:
             [outputs, inputs] in the copy's dtype for each matrix; zero where no sample reaches one.
         """
 
-        return self._there_and_back(None, loss, reduce, see)[0]
+        return self.gradients_and(None, loss, reduce, see)[0]
 
     def gradients_and(
         self,
-        kind: type[Statistic],
+        kind: type[Statistic] | None,
         loss: Callable[[torch.Tensor], torch.Tensor],
         reduce: Reduce = "rms",
         see: Callable[[int, torch.Tensor], None] | None = None,
     ) -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:
-        """What `gradients` finds and what `collect` does, in one pass."""
-        return self._there_and_back(kind, loss, reduce, see)
-
-    def _there_and_back(
-        self,
-        kind: type[Statistic] | None,
-        loss: Callable[[torch.Tensor], torch.Tensor],
-        reduce: Reduce,
-        see: Callable[[int, torch.Tensor], None] | None,
-    ) -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:
+        """What `gradients` finds and what `collect` does, in one pass; of no kind there are no statistics."""
         block, stream, modules = self._block, self._block._stream, self._modules()
 
         def attempt() -> tuple[dict[Matrix, torch.Tensor], dict[Matrix, torch.Tensor]]:

@@ -94,6 +94,12 @@ def run(device: torch.device, name: str, work: Callable[[ModuleType], _T | None]
         return None
 
 
+def in_sweeps(device: torch.device) -> str:
+    """What sweeps columns on a device, which decides the last bits of SparseGPT: a kernel, or PyTorch."""
+    used = [name for name in ("column_sweep", *ON_HOSTS) if use(device, name)]
+    return ", ".join(used) or "PyTorch"
+
+
 def begin_report() -> None:
     """Let `report` tell of what is asked for from now on."""
     _asked.clear()

@@ -4,51 +4,44 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import shlex
 import subprocess
 import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
-
-from prunebench.toolkit.cache import cache_folder, digest, write_file
-from prunebench.toolkit.processor import of_processor
 
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
 """Contracted: sums are of fused multiply-adds. Nothing of -ffast-math, as a NaN must stay one."""
 
 _PATIENCE = 120
-"""Seconds for the compiler; it takes half a second."""
+"""Seconds for the compiler; it takes a third of one."""
 
 
 @cache
 def compiled(name: str) -> ctypes.CDLL:
     """The functions of a C source beside this module, compiled by `$CC` (or `cc`) for the processor at hand.
 
-    Kept in the cache folder, by the source and all that decides what a compiler makes of it.
+    Once a process, and not kept: whether a library from a folder that others may write into is whole, ours, and for this
+    processor takes more to find out than making it.
 
     Raises:
         RuntimeError: there is no compiler, or it refuses, in its words.
         OSError: what it made cannot be loaded.
     """
-    source = Path(__file__).with_name(f"{name}.c")
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *_FLAGS]
-    chip = (platform.system(), platform.machine(), *map(of_processor, ("model name", "flags", "Features")))
-    kept = cache_folder() / "kernels" / f"{digest([source.read_bytes(), *command, compiler(), *chip])}.so"
-    with suppress(OSError):  # not there yet, or not to be loaded
-        return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / kept.name
-        _output([*command, "-o", str(made), str(source)])
-        write_file(kept, lambda file: file.write(made.read_bytes()))
+        made = Path(folder) / f"{name}.so"
+        _output([*_compiler(), *_FLAGS, "-o", str(made), str(Path(__file__).with_name(f"{name}.c"))])
         return ctypes.CDLL(str(made))
 
 
 @cache
 def compiler() -> str:
     """The compiler's name and version, in the first line that it says of itself."""
-    return _output([*shlex.split(os.environ.get("CC") or "cc"), "--version"]).partition("\n")[0].strip()
+    return _output([*_compiler(), "--version"]).partition("\n")[0].strip()
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC") or "cc")
 
 
 def _output(command: list[str]) -> str:

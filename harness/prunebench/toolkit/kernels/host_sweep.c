@@ -157,14 +157,12 @@ void prunebench_sweep(
 /* Lay out `upper` [deep, later], stored by rows or by columns, for prunebench_correct: BLOCK columns after BLOCK columns. */
 void prunebench_pack(float *share, const float *upper, int64_t row, int64_t column, int64_t deep, int64_t later)
 {
-    int64_t c = 0;
-    for (; c + BLOCK <= later; c += BLOCK)
+    for (int64_t c = 0; c < later; c += BLOCK, share += BLOCK * deep) {
+        const int64_t count = later - c < BLOCK ? later - c : BLOCK; /* what would fill up the last is not read */
         for (int64_t k = 0; k < deep; k++)
-            for (int64_t i = 0; i < BLOCK; i++)
-                *share++ = upper[k * row + (c + i) * column];
-    for (int64_t k = 0; c < later && k < deep; k++)
-        for (int64_t i = 0; i < BLOCK; i++)
-            *share++ = c + i < later ? upper[k * row + (c + i) * column] : 0;
+            for (int64_t i = 0; i < count; i++)
+                share[k * BLOCK + i] = upper[k * row + (c + i) * column];
+    }
 }
 
 /* Take from the rows `first` to `last` of `later` columns the errors of the `deep` columns of a slab. */

@@ -1,16 +1,17 @@
-"""SparseGPT's sweep on a host, in C: some rows of W at a time, their slab in the nearest cache, the sums in registers.
+"""SparseGPT's sweep on a host, in C: some rows of W at a time, their slab in the nearest caches, the sums in registers.
 
 In PyTorch a slab is some hundred small operations; with N:M targets these take longer than what they compute. The machine's own
-C compiler makes functions of `host_sweep.c` the first time, in half a second. Without one the sweep stays PyTorch's.
+C compiler makes functions of `host_sweep.c` once a process, in a third of a second. Without one the sweep stays PyTorch's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int64, c_void_p
 from functools import cache
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -38,9 +39,11 @@ def sweep_slab(
     of: int = 0,
     removed: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """As `column_sweep.sweep_slab`; None, and nothing is written, also where weights are not in float32."""
+    """As `column_sweep.sweep_slab`; None, and nothing is written, also where anything is not in float32 on the host."""
     columns, outputs = work.shape
-    if not _takes(work, columns) or not keep.is_contiguous() or (of and columns % of):
+    masks = [keep] if removed is None else [keep, removed]
+    fitting = keep.is_contiguous() and not (of and columns % of) and all(mask.dtype == torch.bool for mask in masks)
+    if not fitting or not _takes(columns, work, upper, inverse, others=masks):
         return None
     errors, upper, inverse = torch.empty_like(work), upper.contiguous(), inverse.contiguous()
     gone = (None, 0, 0) if removed is None else (removed.data_ptr(), *removed.stride())
@@ -63,13 +66,13 @@ def correct(work: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor) -> to
         errors: E, [columns, outputs], contiguous.
 
     Returns:
-        `work`; None, and nothing is written, where the slab is too wide or W not in float32.
+        `work`; None, and nothing is written, where the slab is too wide or anything not in float32 on the host.
     """
     columns, later = upper.shape
     outputs = work.shape[1]
-    if not _takes(work, columns):
+    if not _takes(columns, work, errors, upper) or not errors.is_contiguous():
         return None
-    share = torch.empty(columns * (later + _BLOCK))  # the last columns are filled up
+    share = work.new_empty(columns * (later + _BLOCK))  # the last columns are filled up
     _library().prunebench_pack(share.data_ptr(), upper.data_ptr(), *upper.stride(), columns, later)
 
     def of_rows(first: int, last: int) -> None:
@@ -91,27 +94,44 @@ def check(device: torch.device) -> None:
     compare_numbers("corrected columns", work, wanted)
 
 
-def _takes(work: torch.Tensor, columns: int) -> bool:
-    return work.device.type == "cpu" and work.dtype == torch.float32 and work.is_contiguous() and columns <= WIDEST
+def _takes(columns: int, work: torch.Tensor, *numbers: torch.Tensor, others: Sequence[torch.Tensor] = ()) -> bool:
+    floats = (work, *numbers)
+    here = all(tensor.device.type == "cpu" for tensor in (*floats, *others))
+    return here and all(t.dtype == torch.float32 for t in floats) and work.is_contiguous() and columns <= WIDEST
 
 
 def _by_rows(work: Callable[[int, int], None], outputs: int) -> None:
     """`work(first, last)` for all rows, on as many threads as torch takes: while C runs, other threads of Python do."""
-    each = _ROWS * -(-outputs // (torch.get_num_threads() * _ROWS))
-    starts = range(0, outputs, each)
-    if len(starts) == 1:
+    threads = torch.get_num_threads()
+    each = _ROWS * max(1, -(-outputs // (threads * _ROWS)))
+    (first, last), *others = [(start, min(start + each, outputs)) for start in range(0, max(1, outputs), each)]
+    pool = _pool(threads - 1) if others else None
+    if pool is None:
         work(0, outputs)
-    else:
-        list(_threads(len(starts)).map(lambda first: work(first, min(first + each, outputs)), starts))
+        return
+    begun = [pool.submit(work, *part) for part in others]
+    work(first, last)
+    for future in begun:
+        future.result()
 
 
 @cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(number, thread_name_prefix="prunebench-sweep")
+def _pool(threads: int) -> ThreadPoolExecutor | None:
+    """Threads that are all there: one that cannot be begun amid a matrix leaves it half swept. None if they cannot be had."""
+    pool, gate = ThreadPoolExecutor(threads, thread_name_prefix="prunebench-sweep"), Barrier(threads + 1)
+    try:
+        for _ in range(threads):
+            pool.submit(gate.wait)
+        gate.wait()
+    except RuntimeError:  # the system gives no more
+        gate.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        return None
+    return pool
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork has none of these threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of these threads
 
 
 @cache

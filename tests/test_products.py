@@ -73,6 +73,16 @@ def test_the_processor_decides(maker: str, capability: str, wanted: bool, monkey
     assert products._onednn_is_faster.__wrapped__() == (wanted and there)
 
 
+def test_onednn_is_given_nothing_with_gaps() -> None:
+    """Of a slice of columns it makes a product hundreds of times as slowly as of a copy."""
+    matrix, batch = torch.randn(6, 8), torch.randn(2, 3, 8)
+    for dense in (matrix, matrix.t(), matrix[2:], matrix[2:].t(), batch):
+        assert products._dense(dense) is dense
+    for gaps in (matrix[:, :5], matrix[:, 3:].t(), matrix[::2], batch[..., :5], batch.transpose(0, 1)):
+        assert products._dense(gaps).is_contiguous()
+        assert torch.equal(products._dense(gaps), gaps)
+
+
 def test_small_products_stay_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: 1 / 0)
     layer, hidden = nn.Linear(16, 24), torch.randn(2, 7, 16)

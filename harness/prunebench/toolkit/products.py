@@ -156,8 +156,14 @@ def _suits_onednn(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _onednn(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(_dense(inputs), _dense(weight), bias, "none", [], "")
     return found
+
+
+def _dense(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix without gaps in memory, stored by rows or by columns: for any other oneDNN takes hundreds of times as long."""
+    dense = matrix.is_contiguous() or (matrix.ndim == 2 and matrix.t().is_contiguous())
+    return matrix if dense else matrix.contiguous()
 
 
 @cache

@@ -428,7 +428,7 @@ def test_hashes_of_files_are_remembered_and_follow_the_file(tmp_path: Path, monk
     path.write_bytes(b"two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp --preserve` and archives do
     assert digest_file(path) == hashlib.sha256(b"two").hexdigest()[:16]
-    monkeypatch.setattr(cache_module, "_write", lambda *_: None)
+    monkeypatch.setattr(cache_module, "write_file", lambda *_: None)
     path.write_bytes(b"three")
     assert digest_file(path) == hashlib.sha256(b"three").hexdigest()[:16]
 

@@ -151,18 +151,23 @@ def forget() -> None:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A host whose kernel was neither loaded nor compared yet."""
-    found = let_in("host", monkeypatch)
+def host(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A host whose kernel may be used."""
+    return let_in("host", monkeypatch)
+
+
+@pytest.fixture
+def fresh(host: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A host whose kernel was neither loaded nor compared yet; nor is it known afterwards."""
     monkeypatch.setattr(kernels, "_verdicts", {})
     forget()
-    yield found
+    yield host
     forget()
 
 
 @COMPILER
-def test_it_passes_its_own_comparison_and_says_who_made_it(host: torch.device) -> None:
-    assert kernels.use(host, "host_sweep"), kernels.report()
+def test_it_passes_its_own_comparison_and_says_who_made_it(fresh: torch.device) -> None:
+    assert kernels.use(fresh, "host_sweep"), kernels.report()
     assert kernels.report() == {"host_sweep": kernels.IN_USE, "compiler": compiling.compiler()}
     assert kernels.report()["compiler"]
 
@@ -186,7 +191,7 @@ def test_rows_and_columns_of_any_number(rows: int, target: NM | None, columns: i
 @COMPILER
 @pytest.mark.parametrize("target", [None, NM(2, 4)], ids=str)
 def test_bits_depend_on_neither_threads_nor_registers(
-    target: NM | None, host: torch.device, monkeypatch: pytest.MonkeyPatch
+    target: NM | None, fresh: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, gram = problem(300, 136)
     factor = inverse_factor(gram, 0.01, never)
@@ -201,7 +206,7 @@ def test_bits_depend_on_neither_threads_nor_registers(
         monkeypatch.setenv("CC", "cc -mno-avx512f")
         forget()
         assert equal(swept_by(weight, factor, target), first)
-    in_use(host, "host_sweep")
+    in_use(fresh, "host_sweep")
 
 
 @COMPILER
@@ -222,7 +227,7 @@ def test_of_equal_scores_the_same_stay(target: NM, host: torch.device, monkeypat
     ("compiler", "reason"), [("/no/such/cc", "no C compiler answers"), ("false", "false does not compile it")]
 )
 def test_without_a_compiler_torch_sweeps(
-    compiler: str, reason: str, host: torch.device, monkeypatch: pytest.MonkeyPatch
+    compiler: str, reason: str, fresh: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, gram = problem(20, 64)
     monkeypatch.setenv("CC", compiler)

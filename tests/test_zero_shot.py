@@ -857,7 +857,7 @@ KINDS = (
     ("name", "tasks", "shots"),
     [
         pytest.param("stories260K", KINDS, 0, marks=pytest.mark.slow, id="stories260K"),
-        pytest.param("wiki7m", KINDS, 0, marks=pytest.mark.slow, id="wiki7m"),
+        pytest.param("wiki7m", KINDS, 0, marks=pytest.mark.soak, id="wiki7m"),
         pytest.param("stories260K", ("mmlu_anatomy", "arc_easy"), 3, marks=pytest.mark.soak, id="examples"),
     ],
 )

@@ -193,7 +193,6 @@ class Replica:
         Returns:
             [outputs, inputs] in the copy's dtype for each matrix; zero where no sample reaches one.
         """
-
         return self.gradients_and(None, loss, reduce, see)[0]
 
     def gradients_and(

@@ -27,7 +27,7 @@ def origin(request: RunRequest, pruners: Sequence[Pruner]) -> JsonDict:
     return {
         "run": request.spec.id,
         "machine": request.machine,
-        "kernels": f"{kernels.mode()}, {kernels.in_sweeps(torch.device(request.device))} in sweeps",
+        "kernels": f"{kernels.mode()}, {kernels.sweeper(torch.device(request.device)) or 'PyTorch'} in sweeps",
         "device": f"{torch.device(request.device).type}, {machine.device_name(request.device)}",
         "batch size": request.batch_size,
         "number of threads": request.threads or torch.get_num_threads(),

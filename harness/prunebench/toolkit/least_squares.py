@@ -245,8 +245,9 @@ class _Slab:
         if isinstance(choose, _Groups) and every:
             columns = slice(self._start, self._start + len(work))
             keeps, removed = choose.target.keep, None if choose.removed is None else choose.removed[:, columns]
-        name = "host_sweep" if work.device.type == "cpu" and kernels.mode() == "on" else "column_sweep"
-        factor = (self._upper, self._inverse)
+        name, factor = kernels.sweeper(work.device), (self._upper, self._inverse)
+        if name is None:
+            return None
         return kernels.run(work.device, name, lambda k: k.sweep_slab(work, self._keep, *factor, keeps, every, removed))
 
     def _decide(self, first: int, last: int) -> None:

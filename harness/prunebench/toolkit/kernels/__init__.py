@@ -94,10 +94,9 @@ def run(device: torch.device, name: str, work: Callable[[ModuleType], _T | None]
         return None
 
 
-def in_sweeps(device: torch.device) -> str:
-    """What sweeps columns on a device, which decides the last bits of SparseGPT: a kernel, or PyTorch."""
-    used = [name for name in ("column_sweep", *ON_HOSTS) if use(device, name)]
-    return ", ".join(used) or "PyTorch"
+def sweeper(device: torch.device) -> str | None:
+    """The kernel that sweeps columns on a device, which decides the last bits of SparseGPT; None where PyTorch does."""
+    return next((name for name in ("column_sweep", "host_sweep") if use(device, name)), None)
 
 
 def begin_report() -> None:

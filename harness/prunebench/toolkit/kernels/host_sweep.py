@@ -72,7 +72,7 @@ def correct(work: torch.Tensor, upper: torch.Tensor, errors: torch.Tensor) -> to
     outputs = work.shape[1]
     if not _takes(columns, work, errors, upper) or not errors.is_contiguous():
         return None
-    share = work.new_empty(columns * (later + _BLOCK))  # the last columns are filled up
+    share = work.new_empty(columns * (later + _BLOCK))  # the last columns take up as much as others
     _library().prunebench_pack(share.data_ptr(), upper.data_ptr(), *upper.stride(), columns, later)
 
     def of_rows(first: int, last: int) -> None:
